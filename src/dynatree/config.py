@@ -1,0 +1,380 @@
+"""The meaning of `config.yaml`: one pydantic model, used by the Snakefile, the CLI and the API.
+
+There is no second schema. `load_config` either returns a `Config` that can be run or raises one
+`ConfigError` that lists every problem with the path of its key, the value and the fix.
+"""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from dynatree.errors import ConfigError
+from dynatree.strategies import Strategy, StrategyBase
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
+"""Names become file names below `results/`, so they hold no separators and no shell characters."""
+
+Text = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0.0)]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys and silent type conversions are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class ModelSource(Section):
+    """Where one model comes from: a hub repository with a revision, or a local directory."""
+
+    hub: Text | None = None
+    revision: Text = "main"
+    path: Text | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.hub is None) == (self.path is None):
+            raise ValueError("give exactly one of hub (a repository id) and path (a directory)")
+        return self
+
+
+class Transformer(Section):
+    """Geometry of a GPT-NeoX model that a recipe trains."""
+
+    layers: Count
+    width: Count
+    heads: Count
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.width % self.heads or (self.width // self.heads) % 2:
+            raise ValueError(
+                f"width {self.width} must be heads ({self.heads}) times an even head size"
+            )
+        return self
+
+
+class Recipe(Section):
+    """How the embedded pair is trained; see `dynatree.embedded`."""
+
+    seed: int = 0
+    corpus_characters: Annotated[int, Field(ge=2_000)] = 465_000
+    vocab_size: Annotated[int, Field(ge=300, le=65_536)] = 1024
+    context: Annotated[int, Field(ge=16)] = 512
+    target: Transformer
+    draft: Transformer
+    sequence: Annotated[int, Field(ge=8)] = 128
+    batch: Count = 16
+    target_steps: Count
+    target_learning_rate: Positive = 4e-3
+    rollouts: Count
+    rollout_prompt: Count = 24
+    rollout_tokens: Count = 96
+    draft_steps: Count
+    draft_batch: Count = 32
+    draft_learning_rate: Positive = 4e-3
+
+    @model_validator(mode="after")
+    def _fits_context(self) -> Self:
+        longest = max(self.sequence, self.rollout_prompt + self.rollout_tokens)
+        if longest > self.context:
+            raise ValueError(
+                f"context {self.context} is shorter than the {longest} tokens trained on; raise "
+                "context or lower sequence, rollout_prompt or rollout_tokens"
+            )
+        return self
+
+
+class Measure(Section):
+    """What one measuring job does; `runs` counts timed passes over the workload."""
+
+    workload: Name
+    runs: Count = 5
+    warmup: Annotated[int, Field(ge=0)] = 1
+    max_new_tokens: Count = 500
+    seed: int = 0
+
+
+class PairSpec(Section):
+    """A target and a draft model, and what changes when they are the pair in use."""
+
+    target: ModelSource | None = None
+    draft: ModelSource | None = None
+    recipe: Recipe | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    note: Text | None = None
+    measure: dict[str, Any] = {}
+    strategies: dict[Name, dict[str, Any]] = {}
+
+    @model_validator(mode="after")
+    def _models_or_recipe(self) -> Self:
+        models = self.target is not None and self.draft is not None
+        if models == (self.recipe is not None) or (self.target is None) != (self.draft is None):
+            raise ValueError("give either both target and draft, or a recipe that trains them")
+        return self
+
+
+class Workload(Section):
+    """The prompts that every configuration decodes."""
+
+    prompts: Annotated[list[Text], Field(min_length=1)]
+
+
+class RunConfig(Section):
+    """One ablation configuration: a strategy, and what its row is called in each table."""
+
+    run: Strategy
+    labels: dict[Name, Text] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _split_labels(cls, data: Any) -> Any:
+        # In YAML a configuration is flat: the strategy's own keys, and `labels` beside them.
+        if isinstance(data, Mapping) and "run" not in data:
+            strategy = {key: value for key, value in data.items() if key != "labels"}
+            return {"run": strategy, "labels": data.get("labels", {})}
+        return data
+
+
+class Config(Section):
+    """A whole, valid `config.yaml`."""
+
+    pair: Name
+    pairs: Annotated[dict[Name, PairSpec], Field(min_length=1)]
+    workloads: Annotated[dict[Name, Workload], Field(min_length=1)]
+    measure: Measure
+    configs: Annotated[dict[Name, RunConfig], Field(min_length=1)]
+    tables: Annotated[dict[Name, Annotated[list[Name], Field(min_length=1)]], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _names_resolve(self) -> Self:
+        problems: list[str] = []
+
+        def known(path: str, name: str, among: Mapping[str, object], kind: str) -> bool:
+            if name in among:
+                return True
+            problems.append(f"{path}: {_unknown(name, list(among), kind)}")
+            return False
+
+        known("pair", self.pair, self.pairs, "pair")
+        known("measure.workload", self.measure.workload, self.workloads, "workload")
+        for table, rows in self.tables.items():
+            for index, row in enumerate(rows):
+                known(f"tables.{table}.{index}", row, self.configs, "configuration")
+            for row in sorted({row for row in rows if rows.count(row) > 1}):
+                problems.append(f"tables.{table}: {row!r} is listed twice; remove one")
+        for name, spec in self.pairs.items():
+            try:
+                measure = self._measure_for(spec)
+                known(
+                    f"pairs.{name}.measure.workload", measure.workload, self.workloads, "workload"
+                )
+            except ValidationError as error:
+                problems += _problems(error, f"pairs.{name}.measure")
+            for config, overrides in spec.strategies.items():
+                path = f"pairs.{name}.strategies.{config}"
+                if known(path, config, self.configs, "configuration"):
+                    try:
+                        _override(self.configs[config].run, overrides)
+                    except ValidationError as error:
+                        problems += _problems(error, path)
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def _measure_for(self, spec: PairSpec) -> Measure:
+        return Measure.model_validate({**self.measure.model_dump(), **spec.measure})
+
+    @property
+    def pair_spec(self) -> PairSpec:
+        """The pair in use."""
+        return self.pairs[self.pair]
+
+    @property
+    def measurement(self) -> Measure:
+        """The measuring settings, with the pair's own values applied."""
+        return self._measure_for(self.pair_spec)
+
+    @property
+    def workload(self) -> Workload:
+        """The workload in use."""
+        return self.workloads[self.measurement.workload]
+
+    @property
+    def measured(self) -> list[str]:
+        """Every configuration that some table needs, once each, in order of first use."""
+        return list(dict.fromkeys(name for rows in self.tables.values() for name in rows))
+
+    def overrides(self, name: str) -> dict[str, Any]:
+        """The strategy values that the pair in use changes for configuration `name`."""
+        return self.pair_spec.strategies.get(name, {})
+
+    def strategy(self, name: str) -> StrategyBase:
+        """The strategy of configuration `name`, with the pair's overrides applied.
+
+        Raises:
+            ConfigError: no configuration has that name.
+        """
+        if name not in self.configs:
+            raise ConfigError(f"configs: {_unknown(name, list(self.configs), 'configuration')}")
+        return _override(self.configs[name].run, self.overrides(name))
+
+    def label(self, name: str, table: str) -> str:
+        """What the row of configuration `name` is called in `table`."""
+        return self.configs[name].labels.get(table, name)
+
+    def pair_facts(self) -> dict[str, Any]:
+        """Everything about the pair that a measurement depends on, as plain data."""
+        return self.pair_spec.model_dump(
+            mode="json", include={"target", "draft", "recipe", "dtype", "device"}
+        )
+
+    def spec(self, name: str) -> dict[str, Any]:
+        """Everything that the measurement of configuration `name` depends on, as plain data."""
+        return {
+            "name": name,
+            "pair": {"name": self.pair, **self.pair_facts()},
+            "strategy": self.strategy(name).model_dump(mode="json"),
+            "measure": self.measurement.model_dump(mode="json"),
+            "prompts": self.workload.prompts,
+        }
+
+
+def canonical(data: Any) -> str:
+    """One JSON text for equal data, whatever the order of its keys."""
+    return json.dumps(data, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+
+
+def digest(data: Any) -> str:
+    """SHA-256 (hex) of the canonical JSON of `data`."""
+    return hashlib.sha256(canonical(data).encode()).hexdigest()
+
+
+def parse_strategy(data: Mapping[str, Any]) -> StrategyBase:
+    """Validates one strategy given as plain data.
+
+    Raises:
+        ConfigError: with the path of each wrong key, its value and the fix.
+    """
+    try:
+        return _STRATEGY.validate_python(dict(data))
+    except ValidationError as error:
+        raise ConfigError("\n".join(_problems(error, "strategy"))) from None
+
+
+def parse_config(data: Any, origin: str = "config") -> Config:
+    """Validates the parsed YAML of a configuration.
+
+    Raises:
+        ConfigError: one message that lists every problem.
+    """
+    if not isinstance(data, Mapping):
+        raise ConfigError(
+            f"{origin}: expected a mapping with the keys {', '.join(Config.model_fields)}, "
+            f"got {type(data).__name__}"
+        )
+    try:
+        return Config.model_validate(dict(data))
+    except ValidationError as error:
+        problems = _problems(error)
+    raise ConfigError(f"{origin} is not valid:\n" + "\n".join(f"  {line}" for line in problems))
+
+
+def load_config(path: str | Path = "config.yaml") -> Config:
+    """Reads and validates a configuration file.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, repeats a key, or does not fit the model.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; run from the project's folder") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    try:
+        data = yaml.load(text, _UniqueKeyLoader)  # noqa: S506 - a SafeLoader
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    return parse_config(data, str(path))
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML in which a key given twice is an error; PyYAML lets the last one win silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            try:
+                repeated = key in seen
+                seen.add(key)
+            except TypeError:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"a key must be plain text, got {key!r}", key_node.start_mark
+                ) from None
+            if repeated:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is given twice; remove one", key_node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+_STRATEGY: TypeAdapter[StrategyBase] = TypeAdapter(Strategy)
+_TAGS = [kind.model_fields["strategy"].default for kind in get_args(get_args(Strategy)[0])]
+
+
+def _override(strategy: StrategyBase, overrides: Mapping[str, Any]) -> StrategyBase:
+    return _STRATEGY.validate_python({**strategy.model_dump(), **overrides})
+
+
+def _unknown(name: str, among: list[str], kind: str) -> str:
+    close = difflib.get_close_matches(name, among, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"use one of {', '.join(among) or 'none'}"
+    return f"unknown {kind} {name!r}; {hint}"
+
+
+def _problems(error: ValidationError, prefix: str = "") -> list[str]:
+    """One line per problem: the path of the key, what is wrong, the value, the fix."""
+    lines = []
+    for item in error.errors(include_url=False):
+        # A discriminated union adds its tag to the path and a flat configuration its section;
+        # neither is written in the YAML.
+        parts = [str(part) for part in item["loc"] if part not in ("run", *_TAGS)]
+        path = ".".join([prefix, *parts] if prefix else parts)
+        value = item.get("input")
+        shown = "" if isinstance(value, Mapping) else f", got {_short(value)}"
+        message = item["msg"].removeprefix("Value error, ")
+        match item["type"]:
+            case "extra_forbidden":
+                lines.append(f"{path}: unknown key; remove it or correct its name")
+            case "missing":
+                lines.append(f"{path}: missing; add it")
+            case "union_tag_not_found":
+                lines.append(f"{path}.strategy: missing; add it, one of {', '.join(_TAGS)}")
+            case "union_tag_invalid":
+                given = value.get("strategy") if isinstance(value, Mapping) else value
+                lines.append(f"{path}.strategy: {_unknown(str(given), _TAGS, 'strategy')}")
+            case "value_error" if not path:
+                lines += message.splitlines()
+            case "value_error":
+                lines.append(f"{path}: {message}")
+            case "string_pattern_mismatch" if parts and parts[-1] == "[key]":
+                lines.append(f"{path}: use letters, digits, '-' and '_' only{shown}")
+            case _:
+                lines.append(f"{path}: {message[:1].lower()}{message[1:]}{shown}")
+    return lines
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,341 @@
+"""The one decode loop: prefill, then rounds of draft, verify, accept, gather."""
+
+import sys
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from dynatree.accept import accept_greedy
+from dynatree.clock import PhaseClock
+from dynatree.drafting import Drafter
+from dynatree.errors import DecodeError
+from dynatree.runner import ModelRunner
+from dynatree.strategies import StrategyBase
+from dynatree.tree import DraftTree
+
+
+@dataclass
+class Round:
+    """What one round did: draft nodes verified, depth of the deepest, draft tokens committed."""
+
+    nodes: int
+    depth: int
+    accepted: int
+
+
+@dataclass
+class Stats:
+    """Facts of one generation.
+
+    Attributes:
+        rounds: one entry per verification, in order.
+        target_forwards: prefill and one per round.
+        draft_forwards: prefill and one per drafted level.
+        seconds: by phase: `prefill` (both models), `draft`, `verify`, `other` (accepting and
+            gathering).
+        first_token_seconds: time to first token (TTFT), the prefill of both models included.
+    """
+
+    rounds: list[Round] = field(default_factory=list)
+    target_forwards: int = 0
+    draft_forwards: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    first_token_seconds: float = 0.0
+
+    @property
+    def drafted_nodes(self) -> int:
+        """Draft nodes that the target verified."""
+        return sum(entry.nodes for entry in self.rounds)
+
+    @property
+    def accepted(self) -> list[int]:
+        """Draft tokens committed, per round."""
+        return [entry.accepted for entry in self.rounds]
+
+
+@dataclass
+class Generation:
+    """The new tokens only (the end-of-sequence token included if hit), and how they came."""
+
+    tokens: list[int]
+    stats: Stats
+
+
+class Decoder:
+    """Decodes prompts, one at a time, with one target, one draft and one strategy.
+
+    Owns the KV caches of both models, so that they are allocated once.
+    """
+
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        draft: PreTrainedModel | None,
+        strategy: StrategyBase,
+        max_length: int,
+    ) -> None:
+        """Prepares to decode sequences of up to `max_length` tokens, prompt included.
+
+        Raises:
+            DecodeError: the strategy needs a draft and there is none, the vocabularies differ, or
+                a model cannot hold `max_length` tokens.
+        """
+        self.strategy = strategy
+        self.max_length = max_length
+        # The last generated token is never read again, hence one slot less than tokens.
+        self._target = ModelRunner(target, max_length + strategy.max_drafted)
+        self._drafter: Drafter | None = None
+        if strategy.max_depth > 0:
+            if draft is None:
+                raise DecodeError(
+                    f"strategy {type(strategy).__name__} needs a draft model, got None; pass one, "
+                    "or use Autoregressive()"
+                )
+            runner = ModelRunner(draft, max_length + strategy.max_drafted)
+            if runner.vocab_size != self._target.vocab_size:
+                raise DecodeError(
+                    f"the draft's vocabulary ({runner.vocab_size}) is not the target's "
+                    f"({self._target.vocab_size}); take two models with one tokenizer"
+                )
+            if runner.device != self._target.device:
+                raise DecodeError(
+                    f"the draft is on {runner.device} and the target on {self._target.device}; "
+                    "move both to one device"
+                )
+            self._drafter = Drafter(runner, strategy)
+        for role, model in self._runners():
+            if model.context is not None and max_length - 1 > model.context:
+                raise DecodeError(
+                    f"{max_length} tokens (prompt and new ones) need a context of "
+                    f"{max_length - 1}, the {role} has {model.context}; shorten the prompt or "
+                    "lower max_new_tokens"
+                )
+        self._tree = DraftTree(strategy.max_drafted + 1, self._target.device)
+
+    def _runners(self) -> list[tuple[str, ModelRunner]]:
+        runners = [("target", self._target)]
+        if self._drafter is not None:
+            runners.append(("draft", self._drafter.runner))
+        return runners
+
+    def decode(
+        self,
+        input_ids: Tensor,
+        max_new_tokens: int,
+        eos_token_id: int | Sequence[int] | None = None,
+    ) -> Generation:
+        """Generates up to `max_new_tokens` tokens; see `generate`."""
+        stats = Stats()
+        tokens: list[int] = []
+        for chunk in self.stream(input_ids, max_new_tokens, eos_token_id, stats):
+            tokens += chunk
+        return Generation(tokens, stats)
+
+    def stream(
+        self,
+        input_ids: Tensor,
+        max_new_tokens: int,
+        eos_token_id: int | Sequence[int] | None = None,
+        stats: Stats | None = None,
+    ) -> Iterator[list[int]]:
+        """Yields the tokens of each round as they are committed, and fills in `stats`.
+
+        Raises:
+            DecodeError: an empty or wrongly shaped prompt, a token outside the vocabulary, more
+                tokens than `max_length`, or NaN logits.
+        """
+        prompt = self._check(input_ids, max_new_tokens)
+        stop = _as_set(eos_token_id)
+        stats = Stats() if stats is None else stats
+        rounds = self._rounds(prompt, max_new_tokens, stats)
+        while True:
+            # Entered per round, so that a consumer's own code runs in its own grad mode.
+            with torch.inference_mode():
+                chunk = next(rounds, None)
+            if chunk is None:
+                return
+            end = next((index for index, token in enumerate(chunk) if token in stop), None)
+            if end is not None:
+                chunk = chunk[: end + 1]
+                if stats.rounds:
+                    stats.rounds[-1].accepted = min(stats.rounds[-1].accepted, len(chunk))
+                rounds.close()
+            yield chunk
+            if end is not None:
+                return
+
+    def _check(self, input_ids: Tensor, max_new_tokens: int) -> Tensor:
+        if input_ids.dim() == 2 and len(input_ids) == 1:
+            input_ids = input_ids[0]
+        if input_ids.dim() != 1 or input_ids.dtype != torch.long:
+            raise DecodeError(
+                "input_ids must be int64 of shape [L] or [1, L] (one sequence), got "
+                f"{input_ids.dtype} of shape {tuple(input_ids.shape)}"
+            )
+        if len(input_ids) == 0:
+            raise DecodeError("the prompt is empty; give at least one token (the BOS token, say)")
+        if max_new_tokens < 1:
+            raise DecodeError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        if len(input_ids) + max_new_tokens > self.max_length:
+            raise DecodeError(
+                f"{len(input_ids)} prompt and {max_new_tokens} new tokens exceed max_length "
+                f"{self.max_length}; shorten the prompt or lower max_new_tokens"
+            )
+        low, high = int(input_ids.min()), int(input_ids.max())
+        if low < 0 or high >= self._target.vocab_size:
+            raise DecodeError(
+                f"token {low if low < 0 else high} is outside the vocabulary (0 .. "
+                f"{self._target.vocab_size - 1}); use the target's own tokenizer"
+            )
+        return input_ids.to(self._target.device)
+
+    def _rounds(
+        self, prompt: Tensor, max_new_tokens: int, stats: Stats
+    ) -> Generator[list[int], None, None]:
+        """Prefill, then one round per iteration; yields the tokens that each commits."""
+        target, drafter, tree = self._target, self._drafter, self._tree
+        clock = PhaseClock(target.device)
+        for _, runner in self._runners():
+            runner.reset()
+        try:
+            clock.start()
+            tree.plant(0)
+            tokens = accept_greedy(tree, target.append(prompt)).tokens
+            if drafter is not None:
+                drafter.runner.append(prompt)
+            clock.mark("prefill")
+            stats.first_token_seconds = clock.seconds()["prefill"]
+            # Committed tokens that the draft has not read yet; the last is the next root.
+            pending = tokens
+            remaining = max_new_tokens - 1
+            yield tokens
+            clock.mark("consumer")
+            while remaining > 0:
+                tree.plant(tokens[-1])
+                # No deeper than can be committed: the bonus token takes the last place.
+                depth = min(self.strategy.max_depth, remaining - 1)
+                if drafter is not None and depth > 0:
+                    drafter.grow(tree, torch.tensor(pending, device=target.device), depth)
+                    clock.mark("draft")
+                root_slot = target.length
+                logits = target.forward(
+                    tree.tokens,
+                    tree.depths + root_slot,
+                    root_slot,
+                    tree.attention_mask(0, root_slot),
+                )
+                clock.mark("verify")
+                accepted = accept_greedy(tree, logits)
+                tokens = accepted.tokens
+                target.keep([root_slot + node for node in (0, *accepted.path)])
+                if drafter is not None:
+                    pending = tokens[drafter.keep(accepted.path) :]
+                remaining -= len(tokens)
+                stats.rounds.append(
+                    Round(
+                        nodes=len(tree) - 1,
+                        depth=int(tree.depths[-1]),
+                        accepted=len(accepted.path),
+                    )
+                )
+                clock.mark("other")
+                yield tokens
+                clock.mark("consumer")
+        finally:
+            stats.target_forwards = target.forwards
+            stats.draft_forwards = drafter.runner.forwards if drafter is not None else 0
+            stats.seconds = clock.seconds()
+            stats.seconds.pop("consumer", None)
+
+
+def generate(
+    target: PreTrainedModel,
+    draft: PreTrainedModel | None,
+    input_ids: Tensor,
+    strategy: StrategyBase,
+    max_new_tokens: int = 500,
+    eos_token_id: int | Sequence[int] | None = None,
+) -> Generation:
+    """Greedy decoding with speculative drafts: the target's own greedy output, sooner.
+
+    Args:
+        target: an unmodified `AutoModelForCausalLM`, in eval mode.
+        draft: a smaller model with the same vocabulary; None for `Autoregressive`.
+        input_ids: int64 [L] or [1, L], the prompt.
+        strategy: what to draft each round.
+        max_new_tokens: tokens to generate at most.
+        eos_token_id: generation ends after any of these; None never ends early.
+
+    Returns:
+        The new tokens and the statistics of the run.
+
+    Raises:
+        DecodeError: see `Decoder` and `Decoder.stream`.
+    """
+    decoder = Decoder(target, draft, strategy, input_ids.shape[-1] + max_new_tokens)
+    return decoder.decode(input_ids, max_new_tokens, eos_token_id)
+
+
+def custom_generate(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    generation_config: GenerationConfig,
+    strategy: StrategyBase,
+    assistant_model: PreTrainedModel | None = None,
+    logits_processor: Sequence[object] = (),
+    **unused: Any,
+) -> Tensor:
+    """The Transformers-native entry: `model.generate(ids, custom_generate=custom_generate, ...)`.
+
+    Pass `assistant_model=draft` and `strategy=`; the length limit and the end-of-sequence tokens
+    come from the generation configuration that Transformers prepared.
+
+    Returns:
+        [1, L + new] int64: the prompt and the new tokens, as `generate` returns them.
+
+    Raises:
+        DecodeError: the call asks for sampling, beams or logits processors, which would change
+            the greedy output.
+    """
+    if assistant_model is None:
+        assistant_model = _assistant_of_caller()
+    if generation_config.do_sample or (generation_config.num_beams or 1) > 1:
+        raise DecodeError("DynaTree decodes greedily: pass do_sample=False and num_beams=1")
+    if logits_processor:
+        names = ", ".join(type(processor).__name__ for processor in logits_processor)
+        raise DecodeError(f"logits processors are not supported, got {names}; unset their options")
+    generation = generate(
+        model,
+        assistant_model,
+        input_ids,
+        strategy,
+        max_new_tokens=generation_config.max_length - input_ids.shape[-1],
+        eos_token_id=generation_config.eos_token_id,
+    )
+    new = torch.tensor([generation.tokens], dtype=torch.long, device=input_ids.device)
+    return torch.cat((input_ids, new), dim=-1)
+
+
+def _assistant_of_caller() -> PreTrainedModel | None:
+    """The `assistant_model` that `model.generate` was given.
+
+    `generate` names that argument in its own signature and then passes a custom callable only
+    its *unnamed* keyword arguments (transformers 5.17 to 5.23, `_extract_generation_mode_kwargs`),
+    so the draft is lost on the way. Its frame is the one place where it still is.
+    """
+    frame = sys._getframe(2)
+    if frame.f_code.co_name != "generate":
+        return None
+    return frame.f_locals.get("assistant_model")
+
+
+def _as_set(eos_token_id: int | Sequence[int] | None) -> frozenset[int]:
+    if eos_token_id is None:
+        return frozenset()
+    if isinstance(eos_token_id, int):
+        return frozenset((eos_token_id,))
+    return frozenset(eos_token_id)
