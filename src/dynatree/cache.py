@@ -5,7 +5,6 @@ embedding sees. For a committed token the two agree. The nodes of a draft tree l
 slots whatever their depth, and the entries of the accepted path are gathered down afterwards.
 """
 
-import torch
 from torch import Tensor
 from transformers import Cache, StaticLayer
 
@@ -29,7 +28,7 @@ class SlotLayer(StaticLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Stores [1, heads, n, head_size] at the cache's current slots; returns all visible ones."""
+        """Stores [1, heads, n, head_size] at the current slots; returns all visible slots."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start, stop = self.cache.start, self.cache.stop

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
@@ -102,24 +102,29 @@ class Measure(Section):
     seed: int = 0
 
 
-class PairSpec(Section):
-    """A target and a draft model, and what changes when they are the pair in use."""
+class Models(Section):
+    """A target and a draft model: two sources, or the recipe that trains both."""
 
     target: ModelSource | None = None
     draft: ModelSource | None = None
     recipe: Recipe | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
-    note: Text | None = None
-    measure: dict[str, Any] = {}
-    strategies: dict[Name, dict[str, Any]] = {}
 
     @model_validator(mode="after")
     def _models_or_recipe(self) -> Self:
-        models = self.target is not None and self.draft is not None
-        if models == (self.recipe is not None) or (self.target is None) != (self.draft is None):
+        sources = [self.target, self.draft]
+        if (None not in sources) == (self.recipe is not None) or len({*map(type, sources)}) > 1:
             raise ValueError("give either both target and draft, or a recipe that trains them")
         return self
+
+
+class PairSpec(Models):
+    """The models of a pair, and what changes when that pair is the one in use."""
+
+    note: Text | None = None
+    measure: dict[str, Any] = {}
+    strategies: dict[Name, dict[str, Any]] = {}
 
 
 class Workload(Section):
@@ -142,6 +147,29 @@ class RunConfig(Section):
             strategy = {key: value for key, value in data.items() if key != "labels"}
             return {"run": strategy, "labels": data.get("labels", {})}
         return data
+
+
+class RunSpec(Section):
+    """Everything that the measurement of one configuration depends on, and nothing else.
+
+    A measurement is stale exactly when the digest of its spec (or of its code) has changed.
+    """
+
+    name: Name
+    pair: Name
+    models: Models
+    strategy: Strategy
+    measure: Measure
+    prompts: Annotated[list[Text], Field(min_length=1)]
+
+    def canonical(self) -> str:
+        """One JSON text for equal specs."""
+        return canonical(self.model_dump(mode="json"))
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the canonical JSON."""
+        return digest(self.model_dump(mode="json"))
 
 
 class Config(Section):
@@ -217,6 +245,10 @@ class Config(Section):
         """The strategy values that the pair in use changes for configuration `name`."""
         return self.pair_spec.strategies.get(name, {})
 
+    def canonical(self) -> str:
+        """One JSON text for equal configurations; `parse_config` reads it back."""
+        return canonical(self.model_dump(mode="json"))
+
     def strategy(self, name: str) -> StrategyBase:
         """The strategy of configuration `name`, with the pair's overrides applied.
 
@@ -231,21 +263,19 @@ class Config(Section):
         """What the row of configuration `name` is called in `table`."""
         return self.configs[name].labels.get(table, name)
 
-    def pair_facts(self) -> dict[str, Any]:
-        """Everything about the pair that a measurement depends on, as plain data."""
-        return self.pair_spec.model_dump(
-            mode="json", include={"target", "draft", "recipe", "dtype", "device"}
+    def spec(self, name: str) -> RunSpec:
+        """What the measurement of configuration `name` depends on."""
+        models = self.pair_spec.model_dump(include=set(Models.model_fields))
+        return RunSpec.model_validate(
+            {
+                "name": name,
+                "pair": self.pair,
+                "models": models,
+                "strategy": self.strategy(name).model_dump(),
+                "measure": self.measurement.model_dump(),
+                "prompts": self.workload.prompts,
+            }
         )
-
-    def spec(self, name: str) -> dict[str, Any]:
-        """Everything that the measurement of configuration `name` depends on, as plain data."""
-        return {
-            "name": name,
-            "pair": {"name": self.pair, **self.pair_facts()},
-            "strategy": self.strategy(name).model_dump(mode="json"),
-            "measure": self.measurement.model_dump(mode="json"),
-            "prompts": self.workload.prompts,
-        }
 
 
 def canonical(data: Any) -> str:
@@ -258,16 +288,18 @@ def digest(data: Any) -> str:
     return hashlib.sha256(canonical(data).encode()).hexdigest()
 
 
-def parse_strategy(data: Mapping[str, Any]) -> StrategyBase:
-    """Validates one strategy given as plain data.
+def parse_spec(text: str) -> RunSpec:
+    """Reads back the canonical JSON of a spec.
 
     Raises:
         ConfigError: with the path of each wrong key, its value and the fix.
     """
-    try:
-        return _STRATEGY.validate_python(dict(data))
-    except ValidationError as error:
-        raise ConfigError("\n".join(_problems(error, "strategy"))) from None
+    return _parse_json(RunSpec, text, "run specification")
+
+
+def parse_recipe(text: str) -> Recipe:
+    """Reads back the canonical JSON of a recipe; raises as `parse_spec`."""
+    return _parse_json(Recipe, text, "recipe")
 
 
 def parse_config(data: Any, origin: str = "config") -> Config:
@@ -302,7 +334,7 @@ def load_config(path: str | Path = "config.yaml") -> Config:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     try:
-        data = yaml.load(text, _UniqueKeyLoader)  # noqa: S506 - a SafeLoader
+        data = yaml.load(text, _UniqueKeyLoader)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     return parse_config(data, str(path))
@@ -329,8 +361,17 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_Section = TypeVar("_Section", bound=Section)
 _STRATEGY: TypeAdapter[StrategyBase] = TypeAdapter(Strategy)
 _TAGS = [kind.model_fields["strategy"].default for kind in get_args(get_args(Strategy)[0])]
+
+
+def _parse_json(kind: type[_Section], text: str, what: str) -> _Section:
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        problems = _problems(error)
+    raise ConfigError(f"the {what} is not valid:\n" + "\n".join(problems))
 
 
 def _override(strategy: StrategyBase, overrides: Mapping[str, Any]) -> StrategyBase:
@@ -347,9 +388,14 @@ def _problems(error: ValidationError, prefix: str = "") -> list[str]:
     """One line per problem: the path of the key, what is wrong, the value, the fix."""
     lines = []
     for item in error.errors(include_url=False):
-        # A discriminated union adds its tag to the path and a flat configuration its section;
-        # neither is written in the YAML.
-        parts = [str(part) for part in item["loc"] if part not in ("run", *_TAGS)]
+        # A configuration is flat in the YAML: its section `run`, and the tag that the
+        # discriminated union adds to the path, are not written there.
+        loc = item["loc"]
+        if loc[:1] == ("configs",) and loc[2:3] == ("run",):
+            loc = loc[:2] + loc[4:]
+        elif loc[:1] and loc[0] in _TAGS:
+            loc = loc[1:]
+        parts = [str(part) for part in loc]
         path = ".".join([prefix, *parts] if prefix else parts)
         value = item.get("input")
         shown = "" if isinstance(value, Mapping) else f", got {_short(value)}"

@@ -72,16 +72,12 @@ class Drafter:
         if grown - 1 + (len(log_probs) if kept is None else len(kept)) > strategy.max_nodes:
             candidates = log_probs if kept is None else log_probs[kept]
             # The root has log-probability 0, so it is always among the selected.
-            best = most_probable(
-                torch.cat((tree.log_probs, candidates)), strategy.max_nodes + 1
-            )
+            best = most_probable(torch.cat((tree.log_probs, candidates)), strategy.max_nodes + 1)
             best = best[best >= grown] - grown
             kept = best if kept is None else kept[best]
         if kept is None:
             kept = torch.arange(len(log_probs), device=log_probs.device)
-        tree.extend(
-            kept // children + level.start, tokens.flatten()[kept], log_probs[kept]
-        )
+        tree.extend(kept // children + level.start, tokens.flatten()[kept], log_probs[kept])
 
     def keep(self, path: list[int]) -> int:
         """Commits the draft's KV entries of the accepted nodes `path` (final tree indices).

@@ -1,5 +1,8 @@
 """Errors that a user can act on. The message names the thing, the bad value and the fix."""
 
+import sys
+from collections.abc import Callable
+
 
 class DynaTreeError(Exception):
     """Base of every error that DynaTree raises on purpose; the CLI prints it without traceback."""
@@ -23,3 +26,18 @@ class ResultError(DynaTreeError):
 
 class LosslessError(DynaTreeError):
     """A strategy's fp32 output differs from the target's own greedy output: a bug, not noise."""
+
+
+def reporting(main: Callable[[], None]) -> None:
+    """Runs a script's `main`; what the user can act on is shown without a traceback.
+
+    Exits with 1 after a `DynaTreeError` and with 130, as shells expect, after Ctrl-C.
+    """
+    try:
+        main()
+    except DynaTreeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        sys.exit(130)

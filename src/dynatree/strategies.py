@@ -131,8 +131,7 @@ class Tree(StrategyBase):
             f"threshold {self.prune_threshold:g}" if self.prune_threshold > 0 else "no pruning"
         )
         return (
-            f"depth {self.depth}, branch {self.branch_factor}, {pruning}, "
-            f"budget {self.node_budget}"
+            f"depth {self.depth}, branch {self.branch_factor}, {pruning}, budget {self.node_budget}"
         )
 
 

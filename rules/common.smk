@@ -1,0 +1,42 @@
+"""The validated configuration and the names that the rules share."""
+
+from dynatree.config import canonical, load_config, parse_config
+from dynatree.errors import ConfigError
+from dynatree.sources import PACKAGE, imported_sources, source_digest
+
+try:
+    # Snakemake reads YAML without noticing a key that is given twice.
+    for path in workflow.configfiles:
+        load_config(path)
+    STUDY = parse_config(config)
+except ConfigError as error:
+    raise WorkflowError(str(error)) from None
+
+PAIR_FOLDER = f"results/pairs/{STUDY.pair}"
+RUNS = [f"results/runs/{STUDY.pair}/{name}.json" for name in STUDY.measured]
+
+
+# A trained pair is an input of every measurement; downloaded and local models are not built here.
+PAIR_FILES = (
+    [
+        f"{PAIR_FOLDER}/training.json",
+        f"{PAIR_FOLDER}/target/model.safetensors",
+        f"{PAIR_FOLDER}/draft/model.safetensors",
+    ]
+    if STUDY.pair_spec.recipe
+    else []
+)
+
+
+def run_spec(wildcards):
+    """All that a measurement depends on, as one string: Snakemake compares it whole."""
+    return STUDY.spec(wildcards.name).canonical()
+
+
+def pair_recipe(wildcards):
+    """The recipe of the pair to train, as one string."""
+    return canonical(STUDY.pairs[wildcards.pair].recipe.model_dump(mode="json"))
+
+
+def pair_device(wildcards):
+    return STUDY.pairs[wildcards.pair].device

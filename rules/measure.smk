@@ -1,0 +1,22 @@
+"""One job per configuration; `gpu=1` keeps two measurements from disturbing each other."""
+
+
+rule measure:
+    input:
+        script="scripts/measure.py",
+        sources=imported_sources("scripts/measure.py"),
+        pair=PAIR_FILES,
+    output:
+        "results/runs/{pair}/{name}.json",
+    params:
+        spec=run_spec,
+    log:
+        "results/logs/measure/{pair}/{name}.log",
+    conda:
+        "../envs/dynatree.yaml"
+    threads: workflow.cores
+    resources:
+        gpu=1,
+    shell:
+        "python {input.script} --spec {params.spec:q} --threads {threads} --out {output} "
+        "2>&1 | tee {log}"

@@ -1,0 +1,24 @@
+"""Training of the embedded pair."""
+
+
+rule train_pair:
+    input:
+        script="scripts/train_pair.py",
+        sources=imported_sources("scripts/train_pair.py"),
+    output:
+        "results/pairs/{pair}/training.json",
+        "results/pairs/{pair}/target/model.safetensors",
+        "results/pairs/{pair}/draft/model.safetensors",
+    params:
+        recipe=pair_recipe,
+        device=pair_device,
+    log:
+        "results/logs/train_pair/{pair}.log",
+    conda:
+        "../envs/dynatree.yaml"
+    threads: workflow.cores
+    resources:
+        gpu=1,
+    shell:
+        "python {input.script} --recipe {params.recipe:q} --device {params.device} "
+        "--threads {threads} --out results/pairs/{wildcards.pair} 2>&1 | tee {log}"

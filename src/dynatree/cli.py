@@ -1,0 +1,170 @@
+"""The `dynatree` command: decode a prompt, or measure one configuration, outside the pipeline."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from dynatree.config import RunSpec, load_config, parse_config
+from dynatree.errors import reporting
+
+typer_app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
+
+ConfigFile = Annotated[Path, typer.Option("--config", help="The configuration file.")]
+PairName = Annotated[str | None, typer.Option("--pair", help="A pair; default: the file's.")]
+ConfigName = Annotated[str, typer.Option("--name", help="A configuration of the file.")]
+Depth = Annotated[int | None, typer.Option(help="Tree depth, instead of the configuration's.")]
+Branch = Annotated[int | None, typer.Option(help="Branch factor, likewise.")]
+Threshold = Annotated[float | None, typer.Option(help="Prune threshold in [0, 1), likewise.")]
+Budget = Annotated[int | None, typer.Option(help="Node budget, likewise.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; default: all cores.")]
+
+
+def app() -> None:
+    """Entry point of the `dynatree` command."""
+    reporting(lambda: typer_app(standalone_mode=False))
+
+
+@typer_app.command()
+def generate(
+    prompt: str,
+    name: ConfigName = "dynatree",
+    tokens: Annotated[int, typer.Option(help="New tokens at most.")] = 200,
+    config: ConfigFile = Path("config.yaml"),
+    pair: PairName = None,
+    depth: Depth = None,
+    branch: Branch = None,
+    threshold: Threshold = None,
+    budget: Budget = None,
+    threads: Threads = None,
+) -> None:
+    """Decodes PROMPT and streams the text as rounds commit it."""
+    spec = _spec(config, pair, name, depth, branch, threshold, budget, max_new_tokens=tokens)
+    spec = spec.model_copy(update={"prompts": [prompt]})
+    # torch and Transformers take seconds to import; a wrong option should not wait for them.
+    from dynatree.decode import Decoder, Stats
+    from dynatree.measure import encode_prompts
+    from dynatree.pairs import load_models
+
+    _use_threads(threads)
+    models = load_models(spec.pair, spec.models)
+    ids = encode_prompts(spec, models)[0]
+    decoder = Decoder(models.target, models.draft, spec.strategy, len(ids) + tokens)
+    stats, generated, shown = Stats(), [], ""
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console.print(prompt, end="", style="bold")
+    for chunk in decoder.stream(ids, tokens, models.tokenizer.eos_token_id, stats):
+        generated += chunk
+        # Bytes of one character may be split over tokens: text is shown once it is whole.
+        text = models.tokenizer.decode(generated, skip_special_tokens=True)
+        whole = text.rstrip("\N{REPLACEMENT CHARACTER}")
+        console.print(whole[len(shown) :], end="")
+        shown = whole
+    rounds = len(stats.rounds)
+    console.print(
+        f"\n\n{len(generated)} tokens in {sum(stats.seconds.values()):.2f} s, {rounds} rounds, "
+        f"{(len(generated) - 1) / rounds if rounds else 0:.2f} tokens per round",
+        style="dim",
+    )
+
+
+@typer_app.command()
+def measure(
+    name: ConfigName = "dynatree",
+    tokens: Annotated[int | None, typer.Option(help="New tokens per prompt.")] = None,
+    runs: Annotated[int | None, typer.Option(help="Timed passes over the prompts.")] = None,
+    config: ConfigFile = Path("config.yaml"),
+    pair: PairName = None,
+    depth: Depth = None,
+    branch: Branch = None,
+    threshold: Threshold = None,
+    budget: Budget = None,
+    threads: Threads = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the result file here.")] = None,
+) -> None:
+    """Measures one configuration against autoregressive decoding and prints the outcome."""
+    spec = _spec(
+        config, pair, name, depth, branch, threshold, budget, max_new_tokens=tokens, runs=runs
+    )
+    from dynatree.measure import measure as measure_spec
+    from dynatree.pairs import load_models
+    from dynatree.results import write_result
+
+    _use_threads(threads)
+    console = Console()
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[speed]:.1f} tokens/s"),
+        TimeRemainingColumn(),
+        console=console,
+    ) as bar:
+        task = bar.add_task(f"{spec.strategy.describe()}", total=None, speed=0.0)
+        result = measure_spec(
+            spec,
+            load_models(spec.pair, spec.models),
+            lambda done, planned, speed: bar.update(
+                task, completed=done, total=planned, speed=speed
+            ),
+        )
+    speeds = {
+        method: sum(record.tokens for record in result.of(method))
+        / sum(record.seconds for record in result.of(method))
+        for method in ("autoregressive", "strategy")
+    }
+    table = Table("", "", show_header=False)
+    table.add_row("strategy", spec.strategy.describe())
+    table.add_row("tokens/s", f"{speeds['strategy']:.1f}")
+    table.add_row("autoregressive tokens/s", f"{speeds['autoregressive']:.1f}")
+    table.add_row("speedup", f"{speeds['strategy'] / speeds['autoregressive']:.2f}")
+    table.add_row("tokens per round", f"{result.totals.tokens_per_round:.2f}")
+    equal = sum(output.equal for output in result.outputs)
+    table.add_row("outputs equal to AR", f"{equal} of {len(result.outputs)}")
+    console.print(table)
+    if out is not None:
+        write_result(out, result)
+        console.print(f"written to {out}")
+
+
+def _spec(
+    path: Path,
+    pair: str | None,
+    name: str,
+    depth: int | None,
+    branch: int | None,
+    threshold: float | None,
+    budget: int | None,
+    **measure: int | None,
+) -> RunSpec:
+    """The spec of configuration `name` with the values given on the command line in place."""
+    strategy = {
+        "depth": depth,
+        "branch_factor": branch,
+        "prune_threshold": threshold,
+        "node_budget": budget,
+    }
+    data: dict[str, Any] = load_config(path).model_dump()
+    data["pair"] = pair or data["pair"]
+    settings = data["pairs"].get(data["pair"])
+    if settings is not None:
+        # The command line is the last word: over the file, and over the pair's own values.
+        settings["measure"] |= _given(measure)
+        settings["strategies"].setdefault(name, {}).update(_given(strategy))
+        if not settings["strategies"][name]:
+            del settings["strategies"][name]
+    return parse_config(data, "command line").spec(name)
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _use_threads(threads: int | None) -> None:
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)

@@ -1,0 +1,1 @@
+"""The embedded pair: a target and a draft trained from text that every CPython ships."""

@@ -1,0 +1,238 @@
+"""The result file of one measuring job: facts only, validated when written and when read."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from dynatree.config import RunSpec
+from dynatree.errors import ResultError
+from dynatree.files import write_text
+
+SCHEMA_VERSION = 1
+
+Seconds = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+Method = Literal["autoregressive", "strategy"]
+
+
+class Fact(BaseModel):
+    """Base of the schema: unknown keys and infinite or missing numbers are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class RoundRecord(Fact):
+    """One verification: draft nodes verified, depth of the deepest, draft tokens committed."""
+
+    nodes: NonNegativeInt
+    depth: NonNegativeInt
+    accepted: NonNegativeInt
+
+    @model_validator(mode="after")
+    def _accepts_what_was_offered(self) -> Self:
+        if not self.accepted <= self.depth <= self.nodes:
+            raise ValueError(
+                f"accepted {self.accepted} <= depth {self.depth} <= nodes {self.nodes} must hold"
+            )
+        return self
+
+
+class RunRecord(Fact):
+    """One timed generation.
+
+    Attributes:
+        prompt: index into the spec's prompts.
+        run: timed pass over the workload, from 0; warm-up passes are not recorded.
+        first: this method went first in its pair of generations.
+        tokens: new tokens really generated.
+        seconds: wall time of the whole generation, prefill included.
+        first_token_seconds: prefill of target and draft, until the first token (TTFT).
+        phases: seconds by phase: prefill, draft, verify, other.
+    """
+
+    prompt: NonNegativeInt
+    run: NonNegativeInt
+    method: Method
+    first: bool
+    tokens: PositiveInt
+    seconds: Seconds
+    first_token_seconds: Seconds
+    phases: dict[str, NonNegativeFloat]
+    target_forwards: PositiveInt
+    draft_forwards: NonNegativeInt
+    rounds: list[RoundRecord]
+
+    @model_validator(mode="after")
+    def _counts_agree(self) -> Self:
+        if self.target_forwards != len(self.rounds) + 1:
+            raise ValueError(
+                f"{len(self.rounds)} rounds need {len(self.rounds) + 1} target forwards, "
+                f"got {self.target_forwards}"
+            )
+        # The prefill gives one token, each round its accepted tokens and a bonus token; the bonus
+        # token of the last round is missing when the end-of-sequence token was drafted.
+        most = 1 + sum(entry.accepted + 1 for entry in self.rounds)
+        if self.tokens not in (most, most - 1):
+            raise ValueError(f"the rounds account for {most} tokens, got {self.tokens}")
+        return self
+
+
+class Divergence(Fact):
+    """Where an output first differs from autoregressive decoding (16-bit only).
+
+    `gap` is the difference of the target's two largest logits there: small means a near tie that
+    rounding decided, large means a bug.
+    """
+
+    index: NonNegativeInt
+    gap: NonNegativeFloat
+
+
+class Output(Fact):
+    """What was generated for one prompt, compared with autoregressive decoding."""
+
+    prompt: NonNegativeInt
+    prompt_tokens: PositiveInt
+    tokens: list[NonNegativeInt]
+    equal: bool
+    divergence: Divergence | None
+
+    @model_validator(mode="after")
+    def _divergence_if_unequal(self) -> Self:
+        if self.equal != (self.divergence is None):
+            raise ValueError("divergence must be given exactly when equal is false")
+        return self
+
+
+class DepthCount(Fact):
+    """Rounds that offered a node at `depth`, and rounds that accepted one there."""
+
+    depth: PositiveInt
+    offered: NonNegativeInt
+    accepted: NonNegativeInt
+
+
+class Totals(Fact):
+    """Sums over the timed runs of the strategy.
+
+    Attributes:
+        tokens: new tokens, `rounds` of which are bonus tokens of a verification.
+        tokens_per_round: tokens committed by rounds (the prefill's token left out) per round.
+    """
+
+    tokens: PositiveInt
+    rounds: NonNegativeInt
+    drafted_nodes: NonNegativeInt
+    tokens_per_round: NonNegativeFloat
+    acceptance_by_depth: list[DepthCount]
+    seconds_by_phase: dict[str, NonNegativeFloat]
+
+
+class RunResult(Fact):
+    """One measured configuration."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    spec: RunSpec
+    spec_digest: str
+    source_digest: str
+    prompts_digest: str
+    pair_digest: str
+    records: list[RunRecord]
+    outputs: list[Output]
+    totals: Totals
+    peak_memory_bytes: PositiveInt
+    provenance: dict[str, Any]
+    started: AwareDatetime
+    finished: AwareDatetime
+
+    @model_validator(mode="after")
+    def _is_complete(self) -> Self:
+        if self.spec_digest != self.spec.digest:
+            raise ValueError("spec_digest is not the digest of spec: the file was edited")
+        prompts, runs = range(len(self.spec.prompts)), range(self.spec.measure.runs)
+        expected = {
+            (prompt, run, method)
+            for prompt in prompts
+            for run in runs
+            for method in ("autoregressive", "strategy")
+        }
+        seen = [(record.prompt, record.run, record.method) for record in self.records]
+        if len(seen) != len(set(seen)) or set(seen) != expected:
+            raise ValueError(
+                f"expected one record for each of {len(expected)} combinations of prompt, run and "
+                f"method, got {len(seen)} records for {len(set(seen))}"
+            )
+        if [output.prompt for output in self.outputs] != list(prompts):
+            raise ValueError(f"expected one output for each of {len(prompts)} prompts, in order")
+        if self.totals != totals(self.of("strategy")):
+            raise ValueError("totals are not the sums of the records: the file was edited")
+        return self
+
+    def of(self, method: Method) -> list[RunRecord]:
+        """The records of one method."""
+        return [record for record in self.records if record.method == method]
+
+
+def totals(records: list[RunRecord]) -> Totals:
+    """Sums up the records of one method."""
+    rounds = [entry for record in records for entry in record.rounds]
+    phases: dict[str, float] = {}
+    for record in records:
+        for phase, seconds in record.phases.items():
+            phases[phase] = phases.get(phase, 0.0) + seconds
+    deepest = max((entry.depth for entry in rounds), default=0)
+    tokens = sum(record.tokens for record in records)
+    return Totals(
+        tokens=tokens,
+        rounds=len(rounds),
+        drafted_nodes=sum(entry.nodes for entry in rounds),
+        tokens_per_round=(tokens - len(records)) / len(rounds) if rounds else 0.0,
+        acceptance_by_depth=[
+            DepthCount(
+                depth=depth,
+                offered=sum(entry.depth >= depth for entry in rounds),
+                accepted=sum(entry.accepted >= depth for entry in rounds),
+            )
+            for depth in range(1, deepest + 1)
+        ],
+        seconds_by_phase=phases,
+    )
+
+
+def write_result(path: Path, result: RunResult) -> None:
+    """Writes `result` to `path`, all or nothing."""
+    # Validated once more, as it will be read: a result that cannot be read back is never written.
+    text = result.model_dump_json(indent=1)
+    RunResult.model_validate_json(text)
+    write_text(path, text + "\n")
+
+
+def read_result(path: Path) -> RunResult:
+    """Reads and validates a result file.
+
+    Raises:
+        ResultError: the file is missing, cut short, edited, or of another schema version.
+    """
+    try:
+        return RunResult.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise ResultError(f"{path}: missing; run: snakemake {path}") from None
+    except OSError as error:
+        raise ResultError(f"{path}: cannot be read: {error}") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ResultError(
+            f"{path}: not a valid result file ({where + ': ' if where else ''}{first['msg']}); "
+            f"remove it and run: snakemake {path}"
+        ) from None
