@@ -1,7 +1,7 @@
 """The result file of one measuring job: facts only, validated when written and when read."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import (
     AwareDatetime,
@@ -19,7 +19,7 @@ from dynatree.config import RunSpec
 from dynatree.errors import ResultError
 from dynatree.files import write_text
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Final = 1
 
 Seconds = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 Method = Literal["autoregressive", "strategy"]

@@ -8,6 +8,7 @@ because those are what it will be asked to predict.
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +156,8 @@ def agreement(draft: PreTrainedModel, sequences: Tensor, teacher: Tensor) -> dic
     }
 
 
-Batch = tuple[Tensor, Callable[[Tensor], Tensor]]
+Loss = Callable[[Tensor], Tensor]
+Batch = tuple[Tensor, Loss]
 """Input tokens [b, T], and the loss of the model's logits [b, T, vocabulary] on them."""
 
 
@@ -166,29 +168,33 @@ def _windows(
     while True:
         starts = torch.randint(len(ids) - recipe.sequence, (recipe.batch, 1), generator=generator)
         window = ids[starts + offsets].to(device)
-        wanted = window[:, 1:].flatten()
-        yield window[:, :-1], lambda logits, w=wanted: F.cross_entropy(logits.flatten(0, 1), w)
+        yield window[:, :-1], partial(_cross_entropy, wanted=window[:, 1:])
 
 
 def _distillation(
     sequences: Tensor, teacher: Tensor, recipe: Recipe, generator: torch.Generator
 ) -> Iterator[Batch]:
-    def loss(logits: Tensor, wanted: Tensor) -> Tensor:
-        logits, wanted = logits.flatten(0, 1), wanted.flatten(0, 1).float()
-        # The divergence calibrates the probabilities that pruning reads; the cross entropy
-        # insists on the one token that greedy verification will accept.
-        divergence = F.kl_div(
-            F.log_softmax(logits, dim=-1),
-            F.log_softmax(wanted, dim=-1),
-            log_target=True,
-            reduction="batchmean",
-        )
-        return divergence + F.cross_entropy(logits, wanted.argmax(dim=-1))
-
     while True:
         chosen = torch.randint(len(sequences), (recipe.draft_batch,), generator=generator)
         chosen = chosen.to(sequences.device)
-        yield sequences[chosen], lambda logits, w=teacher[chosen]: loss(logits, w)
+        yield sequences[chosen], partial(_distance, teacher=teacher[chosen])
+
+
+def _cross_entropy(logits: Tensor, wanted: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), wanted.flatten())
+
+
+def _distance(logits: Tensor, teacher: Tensor) -> Tensor:
+    logits, teacher = logits.flatten(0, 1), teacher.flatten(0, 1).float()
+    # The divergence calibrates the probabilities that pruning reads; the cross entropy insists
+    # on the one token that greedy verification will accept.
+    divergence = F.kl_div(
+        F.log_softmax(logits, dim=-1),
+        F.log_softmax(teacher, dim=-1),
+        log_target=True,
+        reduction="batchmean",
+    )
+    return divergence + F.cross_entropy(logits, teacher.argmax(dim=-1))
 
 
 def _fit(

@@ -1,0 +1,32 @@
+"""Aggregates the results of a study; a front end to `dynatree.aggregate`."""
+
+import argparse
+import json
+from pathlib import Path
+
+from dynatree.ablation import write_ablation
+from dynatree.aggregate import aggregate, to_csv
+from dynatree.config import parse_config
+from dynatree.errors import reporting
+from dynatree.files import write_text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--config", required=True, type=json.loads, help="the whole configuration as JSON"
+    )
+    parser.add_argument("--source-digest", required=True, help="digest of the measuring code")
+    parser.add_argument("--results", required=True, type=Path)
+    parser.add_argument("--json", required=True, type=Path)
+    parser.add_argument("--csv", required=True, type=Path)
+    arguments = parser.parse_args()
+    config = parse_config(arguments.config)
+    ablation = aggregate(config, arguments.results, arguments.source_digest)
+    write_text(arguments.csv, to_csv(ablation))
+    write_ablation(arguments.json, ablation)
+    print(f"{len(ablation.configurations)} configurations aggregated into {arguments.json}")
+
+
+if __name__ == "__main__":
+    reporting(main)

@@ -1,0 +1,363 @@
+"""From result files to the numbers of the paper; refuses what was not measured as configured.
+
+Notation: a generation's throughput is its new tokens divided by its wall time in seconds.
+
+- Throughput of a configuration: median over its timed generations.
+- Speedup of a generation: its throughput divided by that of the autoregressive generation of the
+  same job, prompt and run, its neighbour in time. A prompt's speedup is the median over its runs,
+  a configuration's the geometric mean over prompts, the one mean of ratios that does not depend
+  on which method is the reference (Fleming and Wallace, 1986, CACM 29(3)).
+- Change against another row: ratio of the two speedups of a prompt, geometric mean over prompts,
+  minus 1. Each row's speedup is paired within its own job, so drift between jobs cancels.
+- Intervals: 95 % percentile bootstrap (Efron and Tibshirani, 1993, chapter 13). Prompts are
+  resampled and not generations: runs of one prompt are repetitions of one case, and counting them
+  as independent would make every interval too narrow. The percentile interval is itself
+  somewhat narrow for few prompts. The seed is fixed, so equal results give equal bytes.
+"""
+
+from collections.abc import Callable
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from pydantic import BaseModel, PositiveInt, ValidationError
+
+from dynatree.ablation import (
+    Ablation,
+    ConfigurationFacts,
+    DepthAcceptance,
+    Estimate,
+    Interval,
+    Override,
+    Row,
+    Setting,
+    Table,
+)
+from dynatree.config import Config, Models, ModelSource, RunSpec, Transformer
+from dynatree.errors import ResultError
+from dynatree.results import Method, RunResult, read_result
+
+Floats = npt.NDArray[np.float64]
+Statistic = Callable[[Floats], Floats]
+"""From samples [..., prompts, values per prompt] to one value for each sample [...]."""
+
+RESAMPLES = 10_000
+CHUNK = 500
+SEED = 0
+SHOWN_DIFFERENCES = 6
+
+
+class _Device(BaseModel):
+    type: str
+    name: str
+    threads: PositiveInt
+
+
+class _Git(BaseModel):
+    commit: str | None
+    dirty: bool | None
+
+
+class _Provenance(BaseModel):
+    """The part of a result's provenance that the paper states."""
+
+    device: _Device
+    git: _Git
+
+
+def aggregate(config: Config, results_dir: Path, source_digest: str) -> Ablation:
+    """Aggregates the result of every configuration that some table needs.
+
+    Args:
+        config: the study; says which results are current.
+        results_dir: holds `<pair>/<name>.json`.
+        source_digest: digest of the code that measures (hex); other code's results are refused.
+
+    Raises:
+        ResultError: a result is missing, damaged, of another specification or other code, or
+            the results come from different weights or devices.
+    """
+    paths = {name: results_dir / config.pair / f"{name}.json" for name in config.measured}
+    results = {
+        name: _current(path, config.spec(name), source_digest) for name, path in paths.items()
+    }
+    origins = {name: _origin(paths[name], result) for name, result in results.items()}
+    _same_weights(results, paths)
+    _same_device(origins, paths)
+    speedups = {name: _prompt_speedups(result) for name, result in results.items()}
+    device = next(iter(origins.values())).device
+    return Ablation(
+        setting=Setting(
+            pair=config.pair,
+            note=config.pair_spec.note,
+            target=_model(config.pair_spec, "target"),
+            draft=_model(config.pair_spec, "draft"),
+            dtype=config.pair_spec.dtype,
+            device_type=device.type,
+            device=device.name,
+            prompts=len(config.workload.prompts),
+            runs=config.measurement.runs,
+            max_new_tokens=config.measurement.max_new_tokens,
+        ),
+        configurations=[
+            _facts(config, name, result, origins[name], speedups[name])
+            for name, result in results.items()
+        ],
+        tables=[
+            Table(
+                name=table,
+                rows=[
+                    Row(
+                        configuration=name,
+                        label=config.label(name, table),
+                        versus_previous=_change(speedups[name], speedups[rows[index - 1]])
+                        if index
+                        else None,
+                        versus_first=_change(speedups[name], speedups[rows[0]]) if index else None,
+                    )
+                    for index, name in enumerate(rows)
+                ],
+            )
+            for table, rows in config.tables.items()
+        ],
+        notes=_notes(origins),
+    )
+
+
+def to_csv(ablation: Ablation) -> str:
+    """One line per configuration, intervals as `_low` and `_high`, changes by table."""
+    lines = []
+    for facts in ablation.configurations:
+        line: dict[str, Any] = {
+            "configuration": facts.name,
+            "pair": ablation.setting.pair,
+            "device": ablation.setting.device,
+            "description": facts.description,
+            "overrides": "; ".join(f"{entry.key}={entry.value}" for entry in facts.overrides),
+            **_flat("throughput_tokens_per_second", facts.throughput),
+            **_flat("autoregressive_tokens_per_second", facts.autoregressive_throughput),
+            **_flat("speedup", facts.speedup),
+        }
+        for table in ablation.tables:
+            row = next((row for row in table.rows if row.configuration == facts.name), None)
+            for versus in ("versus_previous", "versus_first"):
+                line |= _flat(f"{table.name}_{versus}", getattr(row, versus, None))
+        line |= facts.model_dump(
+            include={
+                "tokens_per_generation",
+                "tokens_per_round",
+                "nodes_per_round",
+                "acceptance",
+                "first_token_seconds",
+                "peak_memory_bytes",
+                "unequal_prompts",
+                "threads",
+                "commit",
+                "dirty",
+            }
+        )
+        line |= {f"{phase}_share": share for phase, share in facts.phase_share.items()}
+        lines.append(line)
+    return pd.DataFrame(lines).to_csv(index=False, lineterminator="\n")
+
+
+def _current(path: Path, spec: RunSpec, source_digest: str) -> RunResult:
+    result = read_result(path)
+    if result.spec_digest != spec.digest:
+        differences = _differences(
+            result.spec.model_dump(mode="json"), spec.model_dump(mode="json")
+        )
+        shown = "; ".join(differences[:SHOWN_DIFFERENCES])
+        more = len(differences) - SHOWN_DIFFERENCES
+        raise ResultError(
+            f"{path}: measured with another configuration ({shown}"
+            f"{f'; and {more} more' if more > 0 else ''}); run: snakemake {path}"
+        )
+    if result.source_digest != source_digest:
+        raise ResultError(
+            f"{path}: measured by other code (source digest {result.source_digest[:12]}, now "
+            f"{source_digest[:12]}); run: snakemake {path}"
+        )
+    return result
+
+
+def _differences(measured: Any, configured: Any, path: str = "") -> list[str]:
+    """The fields in which two JSON values differ, each with both values."""
+    if isinstance(measured, dict) and isinstance(configured, dict):
+        keys = [*measured, *(key for key in configured if key not in measured)]
+        pairs = [(str(key), measured.get(key), configured.get(key)) for key in keys]
+    elif isinstance(measured, list) and isinstance(configured, list):
+        if len(measured) != len(configured):
+            return [f"{path}: measured {len(measured)} entries, configured {len(configured)}"]
+        pairs = [
+            (str(index), *both) for index, both in enumerate(zip(measured, configured, strict=True))
+        ]
+    elif measured == configured:
+        return []
+    else:
+        return [f"{path}: measured {measured!r}, configured {configured!r}"]
+    return [
+        line
+        for key, old, new in pairs
+        for line in _differences(old, new, f"{path}.{key}" if path else key)
+    ]
+
+
+def _origin(path: Path, result: RunResult) -> _Provenance:
+    try:
+        return _Provenance.model_validate(result.provenance)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, ("provenance", *first["loc"])))
+        raise ResultError(
+            f"{path}: {where}: {first['msg']}; remove it and run: snakemake {path}"
+        ) from None
+
+
+def _same_weights(results: dict[str, RunResult], paths: dict[str, Path]) -> None:
+    # The newest result has the weights of today; any that differs from it is the stale one.
+    newest = max(results, key=lambda name: results[name].started)
+    for name, result in results.items():
+        if result.pair_digest != results[newest].pair_digest:
+            raise ResultError(
+                f"{paths[name]}: measured with other model weights (pair digest "
+                f"{result.pair_digest[:12]}) than the newer {paths[newest]} "
+                f"({results[newest].pair_digest[:12]}); remove it and run: snakemake {paths[name]}"
+            )
+
+
+def _same_device(origins: dict[str, _Provenance], paths: dict[str, Path]) -> None:
+    for one, other in combinations(origins, 2):
+        if origins[one].device.name != origins[other].device.name:
+            raise ResultError(
+                f"{paths[other]}: measured on {origins[other].device.name!r}, but {paths[one]} on "
+                f"{origins[one].device.name!r}; remove the one that is not of this machine and "
+                f"run: snakemake {paths[one]} {paths[other]}"
+            )
+
+
+def _throughputs(result: RunResult, method: Method) -> Floats:
+    """Tokens per second [prompts, runs]."""
+    rates = np.empty((len(result.spec.prompts), result.spec.measure.runs))
+    for record in result.of(method):
+        rates[record.prompt, record.run] = record.tokens / record.seconds
+    return rates
+
+
+def _prompt_speedups(result: RunResult) -> Floats:
+    """Speedup of each prompt [prompts]: the median over its runs of the paired ratio."""
+    ratios = _throughputs(result, "strategy") / _throughputs(result, "autoregressive")
+    return np.asarray(np.median(ratios, axis=1))
+
+
+def _median(samples: Floats) -> Floats:
+    return np.asarray(np.median(samples, axis=(-2, -1)))
+
+
+def _geometric_mean(samples: Floats) -> Floats:
+    return np.asarray(np.exp(np.log(samples).mean(axis=(-2, -1))))
+
+
+def _relative_change(samples: Floats) -> Floats:
+    return _geometric_mean(samples) - 1.0
+
+
+def _estimate(values: Floats, statistic: Statistic) -> Estimate:
+    """The statistic of `values` [prompts, values per prompt], its interval over prompts."""
+    prompts = len(values)
+    value = float(statistic(values))
+    if prompts == 1:
+        return Estimate(value=value, interval=None)
+    generator = np.random.default_rng(SEED)
+    # In chunks, because all resamples of a large workload at once would not fit into memory.
+    resampled = np.concatenate(
+        [
+            statistic(values[generator.integers(prompts, size=(CHUNK, prompts))])
+            for _ in range(RESAMPLES // CHUNK)
+        ]
+    )
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    return Estimate(value=value, interval=Interval(low=float(low), high=float(high)))
+
+
+def _change(speedups: Floats, reference: Floats) -> Estimate:
+    return _estimate((speedups / reference)[:, None], _relative_change)
+
+
+def _facts(
+    config: Config, name: str, result: RunResult, origin: _Provenance, speedups: Floats
+) -> ConfigurationFacts:
+    records = result.of("strategy")
+    rounds = [entry for record in records for entry in record.rounds]
+    offered = sum(entry.depth for entry in rounds)
+    seconds = sum(result.totals.seconds_by_phase.values())
+    base = config.configs[name].run.model_dump()
+    strategy = config.strategy(name)
+    return ConfigurationFacts(
+        name=name,
+        strategy=str(strategy.model_dump()["strategy"]),
+        description=strategy.describe(),
+        overrides=[
+            Override(key=key, value=value, instead_of=base.get(key))
+            for key, value in config.overrides(name).items()
+            if value != base.get(key)
+        ],
+        throughput=_estimate(_throughputs(result, "strategy"), _median),
+        autoregressive_throughput=_estimate(_throughputs(result, "autoregressive"), _median),
+        speedup=_estimate(speedups[:, None], _geometric_mean),
+        tokens_per_generation=result.totals.tokens / len(records),
+        tokens_per_round=result.totals.tokens_per_round,
+        nodes_per_round=result.totals.drafted_nodes / len(rounds) if rounds else 0.0,
+        acceptance=sum(entry.accepted for entry in rounds) / offered if offered else None,
+        acceptance_by_depth=[
+            DepthAcceptance(depth=count.depth, offered=count.offered, accepted=count.accepted)
+            for count in result.totals.acceptance_by_depth
+        ],
+        phase_share={
+            phase: spent / seconds
+            for phase, spent in result.totals.seconds_by_phase.items()
+            if seconds
+        },
+        first_token_seconds=float(np.median([record.first_token_seconds for record in records])),
+        peak_memory_bytes=result.peak_memory_bytes,
+        unequal_prompts=sum(not output.equal for output in result.outputs),
+        largest_gap=max(
+            (output.divergence.gap for output in result.outputs if output.divergence), default=None
+        ),
+        threads=origin.device.threads,
+        commit=origin.git.commit,
+        dirty=origin.git.dirty,
+    )
+
+
+def _notes(origins: dict[str, _Provenance]) -> list[str]:
+    threads = {name: origin.device.threads for name, origin in origins.items()}
+    if len(set(threads.values())) == 1:
+        return []
+    listed = ", ".join(f"{name} {count}" for name, count in threads.items())
+    return [
+        f"The rows were measured with different numbers of threads ({listed}): each speedup is "
+        "paired within its own row and remains valid, throughputs do not compare between rows, "
+        "and changes between rows include the effect of the threads."
+    ]
+
+
+def _model(models: Models, role: str) -> str:
+    """Where a model of the pair comes from, in words."""
+    source = getattr(models, role) if models.recipe is None else getattr(models.recipe, role)
+    if isinstance(source, Transformer):
+        return f"{source.layers}-layer GPT-NeoX of width {source.width}"
+    assert isinstance(source, ModelSource)
+    return str(source.path or f"{source.hub} ({source.revision})")
+
+
+def _flat(name: str, estimate: Estimate | None) -> dict[str, float | None]:
+    interval = estimate.interval if estimate else None
+    return {
+        name: estimate.value if estimate else None,
+        f"{name}_low": interval.low if interval else None,
+        f"{name}_high": interval.high if interval else None,
+    }

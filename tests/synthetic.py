@@ -1,0 +1,145 @@
+"""Results with chosen numbers, as a measuring job would have written them."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+from dynatree.ablation import Ablation
+from dynatree.aggregate import aggregate
+from dynatree.config import Config, RunSpec, parse_config
+from dynatree.results import (
+    Divergence,
+    Method,
+    Output,
+    RoundRecord,
+    RunRecord,
+    RunResult,
+    totals,
+    write_result,
+)
+
+SOURCE = "5" * 64
+WEIGHTS = "a" * 64
+AUTOREGRESSIVE_RATE = 100.0
+
+
+def config(prompts=4, runs=3, tables=None, labels=None, overrides=None, dtype="float32"):
+    """A study of three configurations: `ar`, `linear` and `tree`."""
+    labels = labels or {}
+    configs = {
+        "ar": {"strategy": "autoregressive"},
+        "linear": {"strategy": "linear", "num_draft_tokens": 6},
+        "tree": {"strategy": "tree", "depth": 4, "branch_factor": 8},
+    }
+    for name, label in labels.items():
+        configs[name]["labels"] = {"forward": label, "backward": label}
+    return parse_config(
+        {
+            "pair": "micro",
+            "pairs": {
+                "micro": {
+                    "target": {"path": "/models/target"},
+                    "draft": {"path": "/models/draft"},
+                    "dtype": dtype,
+                    "strategies": overrides or {},
+                }
+            },
+            "workloads": {"words": {"prompts": [f"prompt {index}" for index in range(prompts)]}},
+            "measure": {"workload": "words", "runs": runs, "max_new_tokens": 13},
+            "configs": configs,
+            "tables": tables or {"forward": ["ar", "linear", "tree"], "backward": ["tree", "ar"]},
+        }
+    )
+
+
+def result(spec: RunSpec, speedups=None, **changes) -> RunResult:
+    """A result in which prompt `p` is decoded `speedups[p]` times as fast as autoregressively.
+
+    `speedups` may also give a list for each prompt, with one entry for each run.
+    """
+    prompts, runs = len(spec.prompts), spec.measure.runs
+    speedups = speedups or [1.0] * prompts
+    if not isinstance(speedups, list):
+        speedups = [speedups] * prompts
+    records = []
+    for prompt in range(prompts):
+        for run in range(runs):
+            speedup = speedups[prompt]
+            speedup = speedup[run] if isinstance(speedup, list) else speedup
+            # The machine is slower in later runs; pairing must cancel that.
+            rate = AUTOREGRESSIVE_RATE / (1 + run)
+            records.append(record(spec, prompt, run, "autoregressive", rate))
+            records.append(record(spec, prompt, run, "strategy", rate * speedup))
+    return RunResult.model_validate(
+        {
+            "spec": spec,
+            "spec_digest": spec.digest,
+            "source_digest": SOURCE,
+            "prompts_digest": "b" * 64,
+            "pair_digest": WEIGHTS,
+            "records": records,
+            "outputs": [
+                Output(prompt=prompt, prompt_tokens=3, tokens=[1] * 13, equal=True, divergence=None)
+                for prompt in range(prompts)
+            ],
+            "totals": totals([entry for entry in records if entry.method == "strategy"]),
+            "peak_memory_bytes": 1_000_000,
+            "provenance": {
+                "device": {"type": "cpu", "name": "Test CPU", "threads": 2},
+                "git": {"commit": "c" * 40, "dirty": False},
+            },
+            "started": datetime(2026, 1, 1, tzinfo=UTC),
+            "finished": datetime(2026, 1, 2, tzinfo=UTC),
+            **changes,
+        }
+    )
+
+
+def record(spec: RunSpec, prompt: int, run: int, method: Method, rate: float) -> RunRecord:
+    """One generation of 13 tokens at `rate` tokens per second."""
+    drafts = method == "strategy" and spec.strategy.max_depth > 0
+    # Six rounds of which each commits two tokens, or twelve of one token.
+    rounds = (
+        [RoundRecord(nodes=5, depth=4, accepted=1)] * 6
+        if drafts
+        else [RoundRecord(nodes=0, depth=0, accepted=0)] * 12
+    )
+    return RunRecord(
+        prompt=prompt,
+        run=run,
+        method=method,
+        first=(run + prompt) % 2 == (method == "strategy"),
+        tokens=13,
+        seconds=13 / rate,
+        first_token_seconds=0.01,
+        phases={"prefill": 1.0, "draft": 1.0 * drafts, "verify": 2.0, "other": 0.0},
+        target_forwards=len(rounds) + 1,
+        draft_forwards=24 * drafts,
+        rounds=rounds,
+    )
+
+
+def unequal(prompt: int, gap: float) -> Output:
+    """An output that leaves autoregressive decoding at its third token."""
+    return Output(
+        prompt=prompt,
+        prompt_tokens=3,
+        tokens=[1] * 13,
+        equal=False,
+        divergence=Divergence(index=2, gap=gap),
+    )
+
+
+def write(study: Config, folder: Path, speedups=None, changes=None) -> None:
+    """Writes a result for every configuration; both mappings are by configuration name."""
+    for name in study.measured:
+        write_result(
+            folder / study.pair / f"{name}.json",
+            result(study.spec(name), (speedups or {}).get(name), **(changes or {}).get(name, {})),
+        )
+
+
+def ablation(folder: Path, study=None, speedups=None, changes=None) -> Ablation:
+    """The aggregation of synthetic results."""
+    study = study or config()
+    write(study, folder, speedups, changes)
+    return aggregate(study, folder, SOURCE)

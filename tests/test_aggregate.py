@@ -1,0 +1,273 @@
+"""Statistics against numbers worked out by hand, and refusal of results that are not current."""
+
+import json
+import math
+
+import pandas as pd
+import pytest
+import synthetic
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dynatree.ablation import read_ablation, write_ablation
+from dynatree.aggregate import aggregate, to_csv
+from dynatree.errors import ResultError
+
+
+def facts(ablation, name):
+    return ablation.facts(name)
+
+
+def row(ablation, table, name):
+    rows = next(entry.rows for entry in ablation.tables if entry.name == table)
+    return next(entry for entry in rows if entry.configuration == name)
+
+
+def test_throughput_is_the_median_over_generations(tmp_path):
+    ablation = synthetic.ablation(tmp_path, speedups={"linear": [1.0, 2.0, 3.0, 4.0]})
+    # Runs 0, 1 and 2 are at 100, 50 and 33.3 tokens/s times the prompt's speedup: sorted,
+    # 33.3 50 66.7 100 100 100 | 133.3 150 200 200 300 400.
+    assert facts(ablation, "linear").throughput.value == pytest.approx((100 + 400 / 3) / 2)
+    assert facts(ablation, "linear").autoregressive_throughput.value == pytest.approx(50.0)
+
+
+def test_speedup_is_paired_by_run_then_averaged_geometrically_over_prompts(tmp_path):
+    # Medians over runs: 2, 8; geometric mean 4. Unpaired or arithmetic means give other numbers.
+    study = synthetic.config(prompts=2)
+    ablation = synthetic.ablation(tmp_path, study, {"linear": [[1.0, 2.0, 9.0], [8.0, 8.0, 1.0]]})
+    speedup = facts(ablation, "linear").speedup
+    assert speedup.value == pytest.approx(4.0)
+    # Of two prompts a quarter of all resamples hold only the first, a quarter only the second.
+    assert speedup.interval.low == pytest.approx(2.0)
+    assert speedup.interval.high == pytest.approx(8.0)
+
+
+def test_changes_are_ratios_of_speedups_against_the_right_row(tmp_path):
+    ablation = synthetic.ablation(
+        tmp_path, speedups={"linear": [2.0, 2.0, 4.0, 4.0], "tree": [3.0, 3.0, 6.0, 6.0]}
+    )
+    tree = row(ablation, "forward", "tree")
+    # Each prompt gains exactly half, although prompts differ: pairing leaves no uncertainty.
+    assert tree.versus_previous.value == pytest.approx(0.5)
+    assert tree.versus_previous.interval.low == pytest.approx(0.5)
+    assert tree.versus_previous.interval.high == pytest.approx(0.5)
+    assert tree.versus_first.value == pytest.approx(math.sqrt(18) - 1)
+    plain = row(ablation, "backward", "ar")
+    assert plain.versus_first.value == pytest.approx(1 / math.sqrt(18) - 1)
+    assert row(ablation, "forward", "ar").versus_previous is None
+    assert row(ablation, "forward", "ar").versus_first is None
+
+
+def test_interval_resamples_prompts_and_not_generations(tmp_path):
+    # One prompt is slow in all of its 50 runs. Were generations resampled, the interval of the
+    # median of 4 prompts x 50 runs would be narrow; over 4 prompts it must span them.
+    study = synthetic.config(prompts=4, runs=50)
+    rates = [[(1 + run) * speed for run in range(50)] for speed in (1.0, 2.0, 3.0, 4.0)]
+    interval = facts(
+        synthetic.ablation(tmp_path, study, {"tree": rates}), "tree"
+    ).throughput.interval
+    assert interval.low <= 150.0
+    assert interval.high >= 350.0
+
+
+def test_bootstrap_agrees_with_scipy(tmp_path):
+    from scipy.stats import bootstrap, gmean
+
+    speedups = [1.0, 1.3, 1.7, 2.9, 1.1, 2.2, 1.9, 1.5]
+    study = synthetic.config(prompts=len(speedups))
+    interval = facts(
+        synthetic.ablation(tmp_path, study, {"tree": speedups}), "tree"
+    ).speedup.interval
+    other = bootstrap((speedups,), gmean, method="percentile", n_resamples=9999, random_state=1)
+    assert interval.low == pytest.approx(other.confidence_interval.low, rel=0.02)
+    assert interval.high == pytest.approx(other.confidence_interval.high, rel=0.02)
+
+
+def test_a_single_prompt_has_no_interval(tmp_path):
+    ablation = synthetic.ablation(tmp_path, synthetic.config(prompts=1), {"tree": [2.0]})
+    assert facts(ablation, "tree").speedup.value == pytest.approx(2.0)
+    assert facts(ablation, "tree").speedup.interval is None
+    assert facts(ablation, "tree").throughput.interval is None
+    assert row(ablation, "forward", "tree").versus_previous.interval is None
+
+
+def test_facts_of_rounds_and_phases(tmp_path):
+    ablation = synthetic.ablation(tmp_path)
+    tree, plain = facts(ablation, "tree"), facts(ablation, "ar")
+    assert tree.tokens_per_round == pytest.approx(2.0)
+    assert tree.nodes_per_round == pytest.approx(5.0)
+    assert tree.acceptance == pytest.approx(0.25)
+    # 4 prompts, 3 runs, 6 rounds; each accepts at depth 1 and offers down to depth 4.
+    assert [(d.depth, d.offered, d.accepted) for d in tree.acceptance_by_depth] == [
+        (1, 72, 72),
+        (2, 72, 0),
+        (3, 72, 0),
+        (4, 72, 0),
+    ]
+    assert tree.phase_share == {"prefill": 0.25, "draft": 0.25, "verify": 0.5, "other": 0.0}
+    assert plain.acceptance is None
+    assert plain.tokens_per_round == pytest.approx(1.0)
+    assert tree.tokens_per_generation == 13
+    assert tree.first_token_seconds == pytest.approx(0.01)
+
+
+def test_unequal_outputs_are_counted_with_their_largest_gap(tmp_path):
+    study = synthetic.config(dtype="bfloat16")
+    equal = synthetic.result(study.spec("tree")).outputs
+    outputs = [synthetic.unequal(0, 0.25), equal[1], synthetic.unequal(2, 0.5), equal[3]]
+    ablation = synthetic.ablation(tmp_path, study, changes={"tree": {"outputs": outputs}})
+    assert facts(ablation, "tree").unequal_prompts == 2
+    assert facts(ablation, "tree").largest_gap == 0.5
+    assert facts(ablation, "linear").largest_gap is None
+
+
+def test_overrides_name_the_old_value(tmp_path):
+    study = synthetic.config(overrides={"tree": {"prune_threshold": 0.02, "depth": 4}})
+    tree = facts(synthetic.ablation(tmp_path, study), "tree")
+    # The depth given again with its own value changes nothing.
+    assert [(o.key, o.value, o.instead_of) for o in tree.overrides] == [
+        ("prune_threshold", 0.02, 0.05)
+    ]
+    assert "threshold 0.02" in tree.description
+
+
+def test_swapped_values_are_noticed_with_both_fields(tmp_path):
+    synthetic.write(synthetic.config(), tmp_path)
+    swapped = synthetic.config(overrides={"tree": {"depth": 8, "branch_factor": 4}})
+    with pytest.raises(ResultError) as error:
+        aggregate(swapped, tmp_path, synthetic.SOURCE)
+    path = tmp_path / "micro/tree.json"
+    assert f"{path}: measured with another configuration" in str(error.value)
+    assert "strategy.depth: measured 4, configured 8" in str(error.value)
+    assert "strategy.branch_factor: measured 8, configured 4" in str(error.value)
+    assert f"run: snakemake {path}" in str(error.value)
+
+
+def test_another_workload_is_noticed(tmp_path):
+    synthetic.write(synthetic.config(prompts=4), tmp_path)
+    with pytest.raises(ResultError, match="prompts: measured 4 entries, configured 5"):
+        aggregate(synthetic.config(prompts=5), tmp_path, synthetic.SOURCE)
+
+
+def test_other_code_is_refused(tmp_path):
+    synthetic.write(synthetic.config(), tmp_path)
+    with pytest.raises(
+        ResultError, match=r"ar\.json: measured by other code.*snakemake .*ar\.json"
+    ):
+        aggregate(synthetic.config(), tmp_path, "6" * 64)
+
+
+def missing(path):
+    path.unlink()
+
+
+def truncated(path):
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def edited(path):
+    data = json.loads(path.read_text())
+    data["totals"]["tokens"] += 1
+    path.write_text(json.dumps(data))
+
+
+def respecified(path):
+    data = json.loads(path.read_text())
+    data["spec"]["measure"]["seed"] = 7
+    path.write_text(json.dumps(data))
+
+
+def without_device_name(path):
+    data = json.loads(path.read_text())
+    del data["provenance"]["device"]["name"]
+    path.write_text(json.dumps(data))
+
+
+@pytest.mark.parametrize("damage", [missing, truncated, edited, respecified, without_device_name])
+def test_damage_is_refused_with_file_and_command(tmp_path, damage):
+    synthetic.write(synthetic.config(), tmp_path)
+    path = tmp_path / "micro/linear.json"
+    damage(path)
+    with pytest.raises(ResultError) as error:
+        aggregate(synthetic.config(), tmp_path, synthetic.SOURCE)
+    assert str(error.value).startswith(f"{path}: ")
+    assert str(error.value).endswith(f"run: snakemake {path}")
+
+
+def test_other_weights_are_refused_and_the_older_result_is_named(tmp_path):
+    study = synthetic.config()
+    older = {"pair_digest": "d" * 64, "started": "2025-01-01T00:00:00Z"}
+    synthetic.write(study, tmp_path, changes={"linear": older})
+    with pytest.raises(ResultError, match=r"linear\.json: measured with other model weights"):
+        aggregate(study, tmp_path, synthetic.SOURCE)
+
+
+def provenance(**device):
+    return {
+        "provenance": {
+            "device": {"type": "cpu", "name": "Test CPU", "threads": 2, **device},
+            "git": {"commit": None, "dirty": None},
+        }
+    }
+
+
+def test_another_device_is_refused(tmp_path):
+    study = synthetic.config()
+    synthetic.write(study, tmp_path, changes={"tree": provenance(name="Other CPU")})
+    with pytest.raises(ResultError, match=r"tree\.json: measured on 'Other CPU'.*'Test CPU'"):
+        aggregate(study, tmp_path, synthetic.SOURCE)
+
+
+def test_other_thread_counts_are_allowed_and_noted(tmp_path):
+    assert synthetic.ablation(tmp_path).notes == []
+    ablation = synthetic.ablation(tmp_path, changes={"tree": provenance(threads=8)})
+    assert len(ablation.notes) == 1
+    assert "ar 2, linear 2, tree 8" in ablation.notes[0]
+
+
+def test_written_ablation_reads_back_and_is_byte_identical(tmp_path):
+    speedups = {"tree": [1.0, 1.5, 2.0, 2.5]}
+    texts = []
+    for name in ("a", "b"):
+        write_ablation(tmp_path / f"{name}.json", synthetic.ablation(tmp_path, speedups=speedups))
+        texts.append((tmp_path / f"{name}.json").read_bytes())
+    assert texts[0] == texts[1]
+    assert read_ablation(tmp_path / "a.json") == synthetic.ablation(tmp_path, speedups=speedups)
+
+
+def test_damaged_ablation_is_refused(tmp_path):
+    path = tmp_path / "ablation.json"
+    with pytest.raises(ResultError, match="missing; run: snakemake"):
+        read_ablation(path)
+    write_ablation(path, synthetic.ablation(tmp_path))
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(ResultError, match="not a valid aggregation"):
+        read_ablation(path)
+
+
+def test_csv_has_a_flat_line_for_each_configuration(tmp_path):
+    path = tmp_path / "ablation.csv"
+    path.write_text(to_csv(synthetic.ablation(tmp_path, speedups={"tree": 3.0})))
+    frame = pd.read_csv(path).set_index("configuration")
+    assert list(frame.index) == ["ar", "linear", "tree"]
+    assert frame.loc["tree", "speedup"] == pytest.approx(3.0)
+    assert frame.loc["tree", "forward_versus_previous"] == pytest.approx(2.0)
+    assert frame.loc["ar", "backward_versus_first_high"] == pytest.approx(-2 / 3)
+    assert pd.isna(frame.loc["linear", "backward_versus_first"])
+
+
+@settings(max_examples=15, deadline=None)
+@given(speedups=st.lists(st.floats(0.1, 10.0), min_size=2, max_size=6), factor=st.floats(0.5, 2.0))
+def test_scaling_every_prompt_changes_the_row_by_exactly_that(tmp_path_factory, speedups, factor):
+    study = synthetic.config(prompts=len(speedups), runs=1)
+    ablation = synthetic.ablation(
+        tmp_path_factory.mktemp("runs"),
+        study,
+        {"linear": speedups, "tree": [factor * speedup for speedup in speedups]},
+    )
+    change = row(ablation, "forward", "tree").versus_previous
+    assert change.value == pytest.approx(factor - 1, abs=1e-9)
+    assert change.interval.low == pytest.approx(factor - 1, abs=1e-9)
+    speedup = facts(ablation, "linear").speedup
+    assert min(speedups) * 0.999 <= speedup.interval.low <= speedup.interval.high
+    assert speedup.interval.high <= max(speedups) * 1.001
