@@ -8,8 +8,6 @@ rule measure:
         pair=PAIR_FILES,
     output:
         "results/runs/{pair}/{name}.json",
-    params:
-        spec=run_spec,
     log:
         "results/logs/measure/{pair}/{name}.log",
     conda:
@@ -17,6 +15,8 @@ rule measure:
     threads: workflow.cores
     resources:
         gpu=1,
+    params:
+        spec=run_spec,
     shell:
         "python {input.script} --spec {params.spec:q} --threads {threads} --out {output} "
         "2>&1 | tee {log}"

@@ -9,9 +9,6 @@ rule train_pair:
         "results/pairs/{pair}/training.json",
         "results/pairs/{pair}/target/model.safetensors",
         "results/pairs/{pair}/draft/model.safetensors",
-    params:
-        recipe=pair_recipe,
-        device=pair_device,
     log:
         "results/logs/train_pair/{pair}.log",
     conda:
@@ -19,6 +16,9 @@ rule train_pair:
     threads: workflow.cores
     resources:
         gpu=1,
+    params:
+        recipe=pair_recipe,
+        device=pair_device,
     shell:
         "python {input.script} --recipe {params.recipe:q} --device {params.device} "
         "--threads {threads} --out results/pairs/{wildcards.pair} 2>&1 | tee {log}"

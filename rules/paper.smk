@@ -12,13 +12,13 @@ rule aggregate:
     output:
         json="results/ablation.json",
         csv="results/ablation.csv",
-    params:
-        study=STUDY.canonical(),
-        source_digest=source_digest(PACKAGE / "measure.py"),
     log:
         "results/logs/aggregate.log",
     conda:
         "../envs/dynatree.yaml"
+    params:
+        study=STUDY.canonical(),
+        source_digest=source_digest(PACKAGE / "measure.py"),
     shell:
         "python {input.script} --config {params.study:q} --source-digest {params.source_digest} "
         "--results results/runs --json {output.json} --csv {output.csv} 2>&1 | tee {log}"

@@ -1,0 +1,38 @@
+# Two commands: `make` runs the pipeline to the end, `make test` passes all checks and tests.
+
+PYTHON ?= python3
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: all test check paper clean
+
+all: .venv/run
+	snakemake --cores all --resources gpu=1
+
+# Everything that a change must pass, quickest first.
+test: check
+	pytest
+
+check: .venv/test
+	ruff check .
+	ruff format --check .
+	mypy
+	snakefmt --check Snakefile rules
+	snakemake --lint
+
+paper: .venv/run
+	snakemake --cores all --resources gpu=1 -- paper/main.pdf
+
+clean:
+	rm -rf .snakemake results/pairs results/runs results/logs results/ablation.*
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/run: .venv/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+.venv/test: .venv/run
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@

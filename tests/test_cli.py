@@ -1,0 +1,86 @@
+"""The `dynatree` command."""
+
+import re
+import sys
+
+import pytest
+import yaml
+from micro_pair import micro  # noqa: F401 - a fixture
+
+from dynatree.cli import app
+from dynatree.results import read_result
+
+
+@pytest.fixture
+def run(micro, tmp_path, monkeypatch, capsys):  # noqa: F811
+    config = {
+        "pair": "micro",
+        "pairs": {
+            "micro": {
+                "target": {"path": str(micro / "target")},
+                "draft": {"path": str(micro / "draft")},
+                "device": "cpu",
+            }
+        },
+        "workloads": {"w": {"prompts": ["The with statement"]}},
+        "measure": {"workload": "w", "runs": 1, "warmup": 0, "max_new_tokens": 8},
+        "configs": {"ar": {"strategy": "autoregressive"}, "dynatree": {"strategy": "tree"}},
+        "tables": {"forward": ["ar", "dynatree"]},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["dynatree", *arguments])
+        try:
+            app()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        output = capsys.readouterr()
+        return code, output.out, output.err
+
+    return call
+
+
+def test_measure_prints_what_was_measured_and_writes_on_request(run, tmp_path):
+    code, out, _ = run(
+        "measure", "--depth", "3", "--branch", "1", "--threshold", "0.1", "--tokens", "6",
+        "--out", "result.json",
+    )  # fmt: skip
+    assert code == 0
+    assert "depth 3, branch 1, threshold 0.1" in out
+    assert re.search(r"outputs equal to AR\W+1 of 1", out)
+    result = read_result(tmp_path / "result.json")
+    assert result.spec.strategy.depth == 3
+    assert result.spec.measure.max_new_tokens == 6
+
+
+def test_generate_streams_the_same_text_with_every_configuration(run):
+    texts = []
+    for name in ("ar", "dynatree"):
+        code, out, _ = run("generate", "The with", "--name", name, "--tokens", "12")
+        assert code == 0
+        assert "12 tokens in" in out
+        texts.append(out.split("\n\n12 tokens in")[0])
+    assert texts[0] == texts[1]
+    assert texts[0].startswith("The with")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("measure", "--threshold", "1"), "would prune every node"),
+        (("measure", "--name", "dynatre"), "did you mean 'dynatree'"),
+        (("measure", "--pair", "pythia"), "unknown pair 'pythia'"),
+        (("generate", "x", "--config", "nowhere.yaml"), "no such file"),
+        (("generate", ""), "has no tokens"),
+        (("measure", "--name", "ar", "--depth", "3"), "depth: unknown key"),
+        (("measure", "--tokens", "1000"), "need a context of"),
+    ],
+)
+def test_errors_are_one_message_without_a_traceback(run, arguments, message):
+    code, _, err = run(*arguments)
+    assert code != 0
+    assert message in err
+    assert "Traceback" not in err

@@ -1,0 +1,183 @@
+"""One schema: what is wrong in config.yaml is said once, with path, value and fix."""
+
+import copy
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+import dynatree
+from dynatree.config import parse_config, parse_spec
+from dynatree.errors import ConfigError
+
+SHIPPED = Path(__file__).parent.parent / "config.yaml"
+
+
+@pytest.fixture
+def data():
+    return yaml.safe_load(SHIPPED.read_text())
+
+
+def put(data, path, value):
+    *parents, last = path.split(".")
+    for key in parents:
+        data = data[key]
+    data[last] = value
+
+
+def test_shipped_names_and_strategies():
+    config = dynatree.load_config(SHIPPED)
+    assert config.tables["forward"] == ["ar", "linear_k6", "tree_unpruned", "dynatree"]
+    assert config.tables["backward"] == [
+        "dynatree",
+        "tree_unpruned",
+        "tree_single_path",
+        "tree_depth1",
+        "ar",
+    ]
+    assert len(config.measured) == 6
+    assert set(config.pairs) >= {"embedded", "pythia"}
+    shipped = {name: run.run for name, run in config.configs.items()}
+    tree = dynatree.Tree
+    assert shipped["ar"] == dynatree.Autoregressive()
+    assert shipped["linear_k6"] == dynatree.Linear(num_draft_tokens=6)
+    assert shipped["tree_unpruned"] == tree(
+        depth=7, branch_factor=2, prune_threshold=0, node_budget=256
+    )
+    assert shipped["dynatree"] == tree(
+        depth=7, branch_factor=2, prune_threshold=0.05, node_budget=256
+    )
+    assert shipped["tree_single_path"] == tree(depth=7, branch_factor=1, prune_threshold=0.05)
+    assert shipped["tree_depth1"] == tree(depth=1, branch_factor=2, prune_threshold=0.05)
+
+
+def test_threshold_one_is_refused_with_the_explanation(data):
+    put(data, "configs.dynatree.prune_threshold", 1.0)
+    with pytest.raises(ConfigError, match=r"configs\.dynatree\.prune_threshold: .*got 1\.0") as e:
+        parse_config(data)
+    assert "would prune every node" in str(e.value)
+    assert "prune_threshold: 0" in str(e.value)
+    assert "no pruning" in dynatree.Tree(prune_threshold=0).describe()
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("pair", "embeded", r"pair: unknown pair 'embeded'; did you mean 'embedded'"),
+        ("typo", 1, r"typo: unknown key"),
+        ("configs.ar.strategy", "auto", r"configs\.ar\.strategy: unknown strategy 'auto'"),
+        ("configs.dynatree.dept", 3, r"configs\.dynatree\.dept: unknown key"),
+        ("configs.dynatree.depth", 0, r"configs\.dynatree\.depth: .*got 0"),
+        ("configs.dynatree.depth", "7", r"configs\.dynatree\.depth: .*integer, got '7'"),
+        ("configs.dynatree.depth", True, r"configs\.dynatree\.depth: .*got True"),
+        ("configs.dynatree.prune_threshold", -0.1, r"prune_threshold: .*got -0\.1"),
+        ("configs.dynatree.prune_threshold", float("nan"), r"prune_threshold"),
+        ("configs.tree", {"depth": 3}, r"configs\.tree\.strategy: missing"),
+        ("configs.a/b", {"strategy": "autoregressive"}, r"letters, digits"),
+        ("measure.runs", 0, r"measure\.runs: .*got 0"),
+        ("measure.workload", "wiki", r"measure\.workload: unknown workload 'wiki'"),
+        ("tables.forward", ["ar", "linear"], r"tables\.forward\.1: unknown configuration"),
+        ("tables.forward", ["ar", "ar"], r"tables\.forward: 'ar' is listed twice"),
+        ("workloads.python_docs.prompts", [], r"workloads\.python_docs\.prompts"),
+        ("workloads.python_docs.prompts", [""], r"workloads\.python_docs\.prompts\.0"),
+        ("pairs.pythia.draft", None, r"pairs\.pythia: give either both"),
+        ("pairs.pythia.target", {"hub": "a", "path": "b"}, r"exactly one of hub"),
+        ("pairs.pythia.dtype", "int8", r"pairs\.pythia\.dtype: .*got 'int8'"),
+        ("pairs.embedded.measure", {"runz": 1}, r"pairs\.embedded\.measure\.runz: unknown key"),
+        ("pairs.embedded.strategies", {"x": {}}, r"pairs\.embedded\.strategies\.x: unknown"),
+        (
+            "pairs.embedded.strategies",
+            {"dynatree": {"prune_threshold": 2}},
+            r"pairs\.embedded\.strategies\.dynatree\.prune_threshold: must lie",
+        ),
+        ("pairs.embedded.recipe.context", 64, r"pairs\.embedded\.recipe: context 64 is shorter"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_path(data, path, value, message):
+    put(data, path, value)
+    with pytest.raises(ConfigError, match=message):
+        parse_config(data)
+
+
+def test_duplicate_keys_are_refused(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(SHIPPED.read_text() + "\npair: pythia\n")
+    with pytest.raises(ConfigError, match="'pair' is given twice"):
+        dynatree.load_config(path)
+
+
+@pytest.mark.parametrize("text", ["", "- 1", "a: [", "? [1]\n: 2", "\x00", "&a {b: *a}"])
+def test_what_is_no_configuration_gives_one_clear_error(tmp_path, text):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"config\.yaml"):
+        dynatree.load_config(path)
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: no such file"):
+        dynatree.load_config(tmp_path / "nowhere.yaml")
+
+
+def test_pair_overrides_change_the_strategy_and_the_spec(data):
+    before = parse_config(copy.deepcopy(data))
+    put(data, "pairs.embedded.strategies", {"dynatree": {"prune_threshold": 0.02}})
+    put(data, "pairs.embedded.measure", {"runs": 2})
+    after = parse_config(data)
+    assert after.strategy("dynatree").prune_threshold == 0.02
+    assert after.strategy("tree_depth1") == before.strategy("tree_depth1")
+    assert after.measurement.runs == 2
+    assert after.spec("dynatree").digest != before.spec("dynatree").digest
+    put(data, "pair", "pythia")
+    assert parse_config(data).strategy("dynatree").prune_threshold == 0.05
+
+
+def test_the_spec_holds_what_is_measured_and_nothing_else(data):
+    before = parse_config(copy.deepcopy(data))
+    put(data, "configs.dynatree.labels", {"forward": "renamed"})
+    put(data, "pairs.pythia.dtype", "float16")
+    put(data, "tables.forward", ["ar"])
+    data = {key: data[key] for key in reversed(data)}
+    assert parse_config(data).spec("dynatree").digest == before.spec("dynatree").digest
+    for path, value in [
+        ("configs.dynatree.depth", 8),
+        ("pairs.embedded.recipe.seed", 1),
+        ("pairs.embedded.dtype", "bfloat16"),
+        ("measure.warmup", 2),
+        ("workloads.python_docs.prompts", ["other"]),
+    ]:
+        changed = copy.deepcopy(data)
+        put(changed, path, value)
+        assert parse_config(changed).spec("dynatree").digest != before.spec("dynatree").digest
+
+
+def test_swapped_values_are_another_spec(data):
+    put(data, "configs.dynatree", {"strategy": "tree", "depth": 4, "branch_factor": 8})
+    one = parse_config(copy.deepcopy(data)).spec("dynatree")
+    put(data, "configs.dynatree", {"strategy": "tree", "depth": 8, "branch_factor": 4})
+    assert parse_config(data).spec("dynatree").digest != one.digest
+
+
+def test_specs_and_configurations_survive_json():
+    config = dynatree.load_config(SHIPPED)
+    for name in config.configs:
+        assert parse_spec(config.spec(name).canonical()) == config.spec(name)
+    assert parse_config(yaml.safe_load(config.canonical())) == config
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
+        max_leaves=8,
+    ),
+    st.sampled_from(["pair", "pairs", "measure", "configs.dynatree", "tables", "workloads"]),
+)
+def test_any_value_anywhere_is_valid_or_one_config_error(value, path):
+    data = yaml.safe_load(SHIPPED.read_text())
+    put(data, path, value)
+    with suppress(ConfigError):
+        parse_config(data)

@@ -1,0 +1,58 @@
+"""The embedded pair: its corpus, its training, its hub format."""
+
+import json
+from pathlib import Path
+
+import pytest
+from micro_pair import micro, train  # noqa: F401 - micro is a fixture
+
+from dynatree.embedded.corpus import corpus_digest, python_docs
+from dynatree.errors import PairError
+
+
+def files(folder):
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(Path(folder).rglob("*"))
+        if path.is_file() and path.name != "training.json"
+    }
+
+
+def test_corpus_has_the_length_asked_for_and_a_digest():
+    documents = python_docs(5000)
+    assert sum(map(len, documents)) == 5000
+    assert corpus_digest(documents) == corpus_digest(python_docs(5000))
+    assert corpus_digest(documents) != corpus_digest(python_docs(5001))
+
+
+def test_a_corpus_longer_than_python_ships_is_refused():
+    with pytest.raises(PairError, match=r"corpus_characters: 1000000000 asked for"):
+        python_docs(10**9)
+
+
+def test_training_is_deterministic_for_a_seed(micro, tmp_path):  # noqa: F811
+    train(tmp_path / "same")
+    train(tmp_path / "other", seed=1)
+    assert files(tmp_path / "same") == files(micro)
+    assert files(tmp_path / "other") != files(micro)
+
+
+def test_hub_format_with_safetensors_only(micro):  # noqa: F811
+    for role in ("target", "draft"):
+        names = {path.name for path in (micro / role).iterdir()}
+        assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
+        assert not [name for name in names if name.endswith((".bin", ".pt", ".pkl"))]
+
+
+def test_training_record(micro):  # noqa: F811
+    facts = json.loads((micro / "training.json").read_text())
+    assert facts["corpus"]["digest"] == corpus_digest(python_docs(4000))
+    assert 0 <= facts["agreement"]["top1"] <= facts["agreement"]["top2"] <= 1
+    assert facts["recipe"]["seed"] == 0
+    assert set(facts["seconds"]) == {"tokenizer", "target", "rollouts", "draft"}
+
+
+def test_training_lowers_the_loss(micro, tmp_path):  # noqa: F811
+    trained = json.loads((micro / "training.json").read_text())
+    barely = train(tmp_path, target_steps=1, draft_steps=1)
+    assert trained["target_loss"] < barely["target_loss"]

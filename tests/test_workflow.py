@@ -1,0 +1,351 @@
+"""The real Snakefile on a micro pair: what reruns, what is refused, and what a crash leaves."""
+
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dynatree.results import read_result
+
+PROJECT = Path(__file__).resolve().parent.parent
+TABLE = "paper/ablation.tex"
+RUN = Path("results/runs/micro/tree.json")
+NAMES = ("ar", "linear", "tree", "single_path")
+RENDERED = {"ablation_table": 1, "ablation_figure": 1, "all": 1}
+AGGREGATED = {"aggregate": 1, **RENDERED}
+
+
+def command(folder, *arguments, path="", **options):
+    """Runs a command in `folder` with the code of that folder; returns the finished process."""
+    environment = os.environ | {
+        "PATH": f"{path}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(folder / "src"),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    return subprocess.run(
+        arguments,
+        cwd=folder,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=120,
+        **options,
+    )
+
+
+def snakemake(folder, *arguments, path=""):
+    return command(folder, "python", "-m", "snakemake", *arguments, path=path)
+
+
+def planned(folder, *targets):
+    """The jobs that a dry run lists, as {rule: count}."""
+    done = snakemake(folder, "-n", *targets)
+    assert done.returncode == 0, done.stdout
+    if "Nothing to be done" in done.stdout:
+        return {}
+    jobs = dict(re.findall(r"^(\w+) +(\d+)$", done.stdout, flags=re.MULTILINE))
+    total = int(jobs.pop("total"))
+    assert sum(map(int, jobs.values())) == total
+    return {rule: int(count) for rule, count in jobs.items()}
+
+
+def replace(path, old, new):
+    text = path.read_text()
+    assert text.count(old) >= 1
+    path.write_text(text.replace(old, new, 1))
+
+
+def append(path, text):
+    path.write_text(path.read_text() + text)
+
+
+@pytest.fixture(scope="session")
+def first(tmp_path_factory):
+    """A copy of the project that was run to the end once, and what that run printed."""
+    folder = tmp_path_factory.mktemp("first") / "project"
+    for name in ("rules", "scripts", "src", "profiles", "envs", "paper/templates"):
+        shutil.copytree(
+            PROJECT / name,
+            folder / name,
+            ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"),
+        )
+    for name in ("Snakefile", "paper/main.tex"):
+        shutil.copy2(PROJECT / name, folder / name)
+    shutil.copy2(PROJECT / "tests/micro.yaml", folder / "config.yaml")
+    where = command(folder, "python", "-c", "import dynatree; print(dynatree.__file__)").stdout
+    assert where.strip() == str(folder / "src/dynatree/__init__.py")
+    # One thread each: only `gpu` is left to keep two jobs from running side by side.
+    threads = ("--set-threads", "measure=1", "train_pair=1")
+    done = snakemake(folder, "--cores", "4", "--resources", "gpu=1", *threads)
+    assert done.returncode == 0, done.stdout
+    return folder, done.stdout
+
+
+@pytest.fixture
+def project(first, tmp_path):
+    """A finished project of one's own, file times included."""
+    return Path(shutil.copytree(first[0], tmp_path / "project", symlinks=True))
+
+
+# The first run.
+
+
+def test_the_pair_is_trained_once_for_all_measurements(first):
+    assert len(re.findall(r"^(?:local)?rule train_pair:", first[1], flags=re.MULTILINE)) == 1
+    assert len(re.findall(r"^(?:local)?rule measure:", first[1], flags=re.MULTILINE)) == len(NAMES)
+    digests = {read_result(first[0] / RUN.with_stem(name)).pair_digest for name in NAMES}
+    assert len(digests) == 1
+
+
+def test_one_gpu_serialises_jobs_whatever_the_cores(first):
+    events = re.findall(
+        r"^(?:local)?(rule|Finished) .*(?:measure|train_pair)\b", first[1], flags=re.MULTILINE
+    )
+    assert events == ["rule", "Finished"] * (1 + len(NAMES))
+    results = [read_result(first[0] / RUN.with_stem(name)) for name in NAMES]
+    results.sort(key=lambda result: result.started)
+    for before, after in pairwise(results):
+        assert before.finished < after.started
+
+
+@pytest.mark.parametrize("arguments", [("--cores", "1", "--resources", "gpu=1"), (TABLE,)])
+def test_the_users_commands_find_nothing_to_do(project, arguments):
+    done = snakemake(project, *arguments)
+    assert done.returncode == 0, done.stdout
+    assert "Nothing to be done" in done.stdout
+
+
+# Staleness. A copy of the finished project is up to date (see above); each change makes stale:
+
+CONFIG = "config.yaml"
+CHANGES = {
+    "one configuration": (
+        lambda at: replace(at / CONFIG, "num_draft_tokens: 3", "num_draft_tokens: 2"),
+        {"measure": 1, **AGGREGATED},
+    ),
+    "two values swapped": (
+        lambda at: replace(
+            at / CONFIG, "depth: 4\n    branch_factor: 8", "depth: 8\n    branch_factor: 4"
+        ),
+        {"measure": 1, **AGGREGATED},
+    ),
+    "the rows of a table in another order": (
+        lambda at: replace(at / CONFIG, "[ar, linear, tree]", "[linear, ar, tree]"),
+        AGGREGATED,
+    ),
+    "a measuring setting": (
+        lambda at: replace(at / CONFIG, "max_new_tokens: 8", "max_new_tokens: 9"),
+        {"measure": 4, **AGGREGATED},
+    ),
+    "the recipe": (
+        lambda at: replace(at / CONFIG, "target_steps: 2", "target_steps: 3"),
+        {"train_pair": 1, "measure": 4, **AGGREGATED},
+    ),
+    "a pair of local directories": (
+        lambda at: replace(at / CONFIG, "pair: micro", "pair: local"),
+        {"measure": 4, **AGGREGATED},
+    ),
+    "an engine module": (
+        lambda at: append(at / "src/dynatree/tree.py", "\nEXTRA = 1\n"),
+        {"measure": 4, **AGGREGATED},
+    ),
+    "the training module": (
+        lambda at: append(at / "src/dynatree/embedded/train.py", "\nEXTRA = 1\n"),
+        {"train_pair": 1, "measure": 4, **AGGREGATED},
+    ),
+    "the aggregation module": (
+        lambda at: append(at / "src/dynatree/aggregate.py", "\nEXTRA = 1\n"),
+        AGGREGATED,
+    ),
+    "the table module": (
+        lambda at: append(at / "src/dynatree/render.py", "\nEXTRA = 1\n"),
+        {"ablation_table": 1, "all": 1},
+    ),
+    "the template": (
+        lambda at: append(at / "paper/templates/ablation.tex.j2", "% more\n"),
+        {"ablation_table": 1, "all": 1},
+    ),
+    "the figure module": (
+        lambda at: append(at / "src/dynatree/figures.py", "\nEXTRA = 1\n"),
+        {"ablation_figure": 1, "all": 1},
+    ),
+    "a removed result": (
+        lambda at: (at / RUN).unlink(),
+        {"measure": 1, **AGGREGATED},
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "jobs"), CHANGES.values(), ids=CHANGES)
+def test_a_change_reruns_what_depends_on_it(project, change, jobs):
+    change(project)
+    assert planned(project) == jobs
+
+
+def test_comments_order_of_keys_and_file_times_rerun_nothing(project):
+    config = project / CONFIG
+    data = yaml.safe_load(config.read_text())
+    for section in ("pairs", "configs"):
+        data[section] = {
+            name: dict(reversed(entry.items())) for name, entry in reversed(data[section].items())
+        }
+    reordered = yaml.safe_dump(dict(reversed(data.items())), sort_keys=False)
+    config.write_text("# A comment.\n" + reordered)
+    for path in (project / "src").rglob("*.py"):
+        path.touch()
+    assert planned(project) == {}
+
+
+# Faults.
+
+
+KILLS = {
+    "train_pair.py": ("the training module", {"train_pair": 1, "measure": 4}),
+    "measure.py": ("two values swapped", {"measure": 1}),
+    "aggregate.py": ("the aggregation module", {}),
+}
+
+
+@pytest.mark.parametrize(("script", "change", "jobs"), [(k, *v) for k, v in KILLS.items()])
+def test_the_old_table_is_not_taken_for_current_after_a_killed_job(
+    project, tmp_path, script, change, jobs
+):
+    CHANGES[change][0](project)
+    shim = tmp_path / "bin" / "python"
+    shim.parent.mkdir()
+    shim.write_text(f'#!/bin/sh\necho "shim: $1"\ntest "$1" != scripts/{script} || kill -9 $$\n')
+    shim.chmod(0o755)
+    done = command(
+        project, sys.executable, "-m", "snakemake", "--cores", "1", TABLE, path=shim.parent
+    )
+    assert done.returncode != 0
+    assert f"shim: scripts/{script}" in done.stdout
+    assert planned(project, TABLE) == {**jobs, "aggregate": 1, "ablation_table": 1}
+
+
+def test_the_old_table_is_not_taken_for_current_after_an_engine_failure(project):
+    # That the job fails shows as well that the jobs run the code of the copy.
+    append(project / "src/dynatree/tree.py", "\nraise RuntimeError('the edited engine')\n")
+    done = snakemake(project, TABLE)
+    assert done.returncode != 0
+    assert "RuntimeError: the edited engine" in done.stdout
+    assert planned(project, TABLE) == {"measure": 4, "aggregate": 1, "ablation_table": 1}
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def edit(path, change):
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+DAMAGES = {
+    "cut short": (truncate, "not a valid result file"),
+    "edited sums": (
+        lambda path: edit(path, lambda data: data["totals"].update(tokens=99)),
+        "totals are not the sums",
+    ),
+    "edited specification": (
+        lambda path: edit(path, lambda data: data["spec"]["strategy"].update(depth=5)),
+        "spec_digest is not the digest of spec",
+    ),
+    "result of another configuration": (
+        lambda path: shutil.copy(path.with_stem("single_path"), path),
+        "measured with another configuration",
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "reason"), DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_result_is_refused_with_its_name_and_the_cure(project, damage, reason):
+    damage(project / RUN)
+    done = snakemake(project, TABLE)
+    assert done.returncode != 0
+    assert f"error: {RUN}: " in done.stdout
+    assert reason in done.stdout
+    assert f"run: snakemake {RUN}" in done.stdout
+    assert planned(project, TABLE) == {"aggregate": 1, "ablation_table": 1}
+    if "remove it" in done.stdout:
+        (project / RUN).unlink()
+    assert planned(project, str(RUN)) == {"measure": 1}
+
+
+HALF = """
+import os, pathlib, runpy, sys
+write = pathlib.Path.write_text
+def half(self, text, **options):
+    write(self, text[:len(text) // 2], **options)
+    os.kill(os.getpid(), 9)
+pathlib.Path.write_text = half
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_measurement_killed_while_it_writes_leaves_no_result(project):
+    spec = json.dumps(json.loads((project / RUN).read_text())["spec"])
+    out = project / "out" / "tree.json"
+    done = command(
+        project, "python", "-c", HALF, "scripts/measure.py", "--spec", spec, "--out", str(out)
+    )
+    assert done.returncode == -9
+    assert "4 of 8 generations" in done.stdout
+    left = list(out.parent.iterdir())
+    assert [path.suffix for path in left] == [".tmp"]
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from dynatree.files import write_text
+print("ready", flush=True)
+while True:
+    write_text(Path(sys.argv[1]), "x" * 10_000_000)
+"""
+
+
+def test_a_writer_killed_at_any_moment_leaves_a_whole_file_or_none(tmp_path):
+    moments = random.Random(0)
+    path = tmp_path / "result.json"
+    for _ in range(8):
+        with subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE
+        ) as writer:
+            writer.stdout.readline()
+            time.sleep(moments.uniform(0, 0.2))
+            writer.kill()
+        assert not path.exists() or path.stat().st_size == 10_000_000
+
+
+# Configurations that cannot be run.
+
+INVALID = {
+    "threshold 1.0": ("prune_threshold: 0", "prune_threshold: 1.0", "would prune every node"),
+    "key given twice": ("  runs: 2", "  runs: 2\n  runs: 3", "key 'runs' is given twice"),
+    "unknown key": ("  warmup: 0", "  warmups: 0", "measure.warmups"),
+}
+
+
+@pytest.mark.parametrize(("old", "new", "message"), INVALID.values(), ids=INVALID)
+def test_an_invalid_configuration_stops_before_any_job(project, old, new, message):
+    replace(project / CONFIG, old, new)
+    done = snakemake(project)
+    assert done.returncode != 0
+    assert message in done.stdout
+    assert "Traceback" not in done.stdout
+    assert "Building DAG" not in done.stdout
