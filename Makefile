@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: all test check paper clean
+.PHONY: all test check paper reference clean
 
 all: .venv/run
 	snakemake --cores all --resources gpu=1
@@ -22,6 +22,10 @@ check: .venv/test
 
 paper: .venv/run
 	snakemake --cores all --resources gpu=1 -- paper/main.pdf
+
+# Keeps the present results as the ones that the README shows.
+reference: all
+	scripts/keep_reference.sh docs/reference
 
 clean:
 	rm -rf .snakemake results/pairs results/runs results/logs results/ablation.*

@@ -27,6 +27,14 @@ PAIR_FILES = (
     else []
 )
 
+# Snakemake records the new facts of a job even when the job fails, and a missing intermediate file
+# is no reason to run. So every rule lists what the rules before it are made of as well.
+TRAINING = (
+    ["scripts/train_pair.py", *imported_sources("scripts/train_pair.py")]
+    if PAIR_FILES
+    else []
+)
+
 
 def run_spec(wildcards):
     """All that a measurement depends on, as one string: Snakemake compares it whole."""

@@ -5,6 +5,7 @@ rule measure:
     input:
         script="scripts/measure.py",
         sources=imported_sources("scripts/measure.py"),
+        trained_by=TRAINING,
         pair=PAIR_FILES,
     output:
         "results/runs/{pair}/{name}.json",

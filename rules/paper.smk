@@ -7,7 +7,8 @@ rule aggregate:
     input:
         script="scripts/aggregate.py",
         sources=imported_sources("scripts/aggregate.py"),
-        measured_by=imported_sources("scripts/measure.py"),
+        measured_by=["scripts/measure.py", *imported_sources("scripts/measure.py")],
+        trained_by=TRAINING,
         runs=RUNS,
     output:
         json="results/ablation.json",
@@ -30,12 +31,15 @@ rule ablation_table:
         sources=imported_sources("scripts/render_table.py"),
         template="paper/templates/ablation.tex.j2",
         ablation=rules.aggregate.output.json,
+        aggregated_from=rules.aggregate.input,
     output:
         "paper/ablation.tex",
     log:
         "results/logs/ablation_table.log",
     conda:
         "../envs/dynatree.yaml"
+    params:
+        study=STUDY.canonical(),
     shell:
         "python {input.script} --ablation {input.ablation} --template {input.template} "
         "--out {output} 2>&1 | tee {log}"
@@ -46,6 +50,7 @@ rule ablation_figure:
         script="scripts/draw_figure.py",
         sources=imported_sources("scripts/draw_figure.py"),
         ablation=rules.aggregate.output.json,
+        aggregated_from=rules.aggregate.input,
     output:
         pdf="paper/figures/ablation.pdf",
         png="paper/figures/ablation.png",
@@ -53,6 +58,8 @@ rule ablation_figure:
         "results/logs/ablation_figure.log",
     conda:
         "../envs/dynatree.yaml"
+    params:
+        study=STUDY.canonical(),
     shell:
         "python {input.script} --ablation {input.ablation} --pdf {output.pdf} --png {output.png} "
         "2>&1 | tee {log}"

@@ -229,3 +229,22 @@ def test_autoregressive_needs_no_draft():
             assert generation.stats.target_forwards == 7
             assert generation.stats.draft_forwards == 0
     assert calls.sizes == []
+
+
+def test_an_older_stream_on_the_same_decoder_is_refused():
+    target = target_of("gpt_neox")
+    decoder = dynatree.Decoder(target, None, dynatree.Autoregressive(), 20)
+    prompt = torch.tensor([1, 2, 3])
+    older = decoder.stream(prompt, 8)
+    next(older)
+    newer = decoder.stream(prompt, 8)
+    next(newer)
+    with pytest.raises(DecodeError, match="another sequence"):
+        next(older)
+    assert len(list(newer)) == 7
+
+
+@pytest.mark.parametrize("ids", [[1, 2], torch.tensor(3), torch.tensor([1.0])])
+def test_input_ids_of_another_kind(ids):
+    with pytest.raises(DecodeError, match="input_ids must be"):
+        dynatree.generate(target_of("gpt_neox"), None, ids, dynatree.Autoregressive(), 3)

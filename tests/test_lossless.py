@@ -167,18 +167,20 @@ def test_custom_generate_ends_at_eos():
         ({"do_sample": True}, "do_sample=False"),
         ({"do_sample": False, "num_beams": 2}, "num_beams=1"),
         ({"do_sample": False, "repetition_penalty": 1.5}, "RepetitionPenalty"),
+        ({"do_sample": False, "max_time": 60.0}, "MaxTimeCriteria"),
+        ({"do_sample": False, "return_dict_in_generate": True}, "return_dict_in_generate"),
+        ({"attention_mask": torch.tensor([[0, 1, 1]])}, "hides tokens"),
     ],
 )
 def test_custom_generate_refuses_what_is_not_greedy(options, message):
     with pytest.raises(DecodeError, match=message):
         target_of("gpt_neox").generate(
             prompt(3)[None],
-            attention_mask=torch.ones(1, 3, dtype=torch.long),
             custom_generate=dynatree.custom_generate,
             assistant_model=draft_of("gpt_neox", "noisy"),
             strategy=WIDE,
             max_new_tokens=5,
-            **options,
+            **{"attention_mask": torch.ones(1, 3, dtype=torch.long), **options},
         )
 
 

@@ -55,9 +55,7 @@ def test_missing_directory(tmp_path):
 
 def test_directory_without_weights(copied):
     (copied / "draft" / "model.safetensors").unlink()
-    with pytest.raises(
-        PairError, match=r"pairs\.p\.draft: .*cannot be loaded: .*model\.saf"
-    ):
+    with pytest.raises(PairError, match=r"pairs\.p\.draft: .*cannot be loaded: .*model\.saf"):
         load_models("p", models(copied))
 
 

@@ -127,6 +127,26 @@ def test_the_users_commands_find_nothing_to_do(project, arguments):
     assert "Nothing to be done" in done.stdout
 
 
+@pytest.mark.tex
+def test_the_paper_is_built_by_one_command(project):
+    done = snakemake(project, "paper/main.pdf", "--cores", "2")
+    assert done.returncode == 0, done.stdout
+    assert (project / "paper/main.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_missing_tex_names_the_packages(project):
+    bare = {"PATH": "/nonexistent"}
+    bash = shutil.which("bash")
+    done = subprocess.run(
+        [bash, project / "scripts/build_pdf.sh", project / "paper/main.tex"],
+        env=bare,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "apt-get install latexmk texlive-latex-base texlive-latex-recommended" in done.stderr
+
+
 # Staleness. A copy of the finished project is up to date (see above); each change makes stale:
 
 CONFIG = "config.yaml"

@@ -174,12 +174,12 @@ def _current(path: Path, spec: RunSpec, source_digest: str) -> RunResult:
         more = len(differences) - SHOWN_DIFFERENCES
         raise ResultError(
             f"{path}: measured with another configuration ({shown}"
-            f"{f'; and {more} more' if more > 0 else ''}); run: snakemake {path}"
+            f"{f'; and {more} more' if more > 0 else ''}); remove it and run: snakemake {path}"
         )
     if result.source_digest != source_digest:
         raise ResultError(
             f"{path}: measured by other code (source digest {result.source_digest[:12]}, now "
-            f"{source_digest[:12]}); run: snakemake {path}"
+            f"{source_digest[:12]}); remove it and run: snakemake {path}"
         )
     return result
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from dynatree.accept import accept_greedy
 from dynatree.clock import PhaseClock
@@ -115,6 +116,7 @@ class Decoder:
                     "lower max_new_tokens"
                 )
         self._tree = DraftTree(strategy.max_drafted + 1, self._target.device)
+        self._streams = 0
 
     def _runners(self) -> list[tuple[str, ModelRunner]]:
         runners = [("target", self._target)]
@@ -152,7 +154,14 @@ class Decoder:
         stop = _as_set(eos_token_id)
         stats = Stats() if stats is None else stats
         rounds = self._rounds(prompt, max_new_tokens, stats)
+        self._streams += 1
+        this = self._streams
         while True:
+            if this != self._streams:
+                raise DecodeError(
+                    "this decoder has begun another sequence, and its KV cache holds only one; "
+                    "finish a stream before the next, or make a second Decoder"
+                )
             # Entered per round, so that a consumer's own code runs in its own grad mode.
             with torch.inference_mode():
                 chunk = next(rounds, None)
@@ -169,15 +178,7 @@ class Decoder:
                 return
 
     def _check(self, input_ids: Tensor, max_new_tokens: int) -> Tensor:
-        if input_ids.dim() == 2 and len(input_ids) == 1:
-            input_ids = input_ids[0]
-        if input_ids.dim() != 1 or input_ids.dtype != torch.long:
-            raise DecodeError(
-                "input_ids must be int64 of shape [L] or [1, L] (one sequence), got "
-                f"{input_ids.dtype} of shape {tuple(input_ids.shape)}"
-            )
-        if len(input_ids) == 0:
-            raise DecodeError("the prompt is empty; give at least one token (the BOS token, say)")
+        input_ids = _as_prompt(input_ids)
         if max_new_tokens < 1:
             raise DecodeError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         if len(input_ids) + max_new_tokens > self.max_length:
@@ -276,7 +277,8 @@ def generate(
     Raises:
         DecodeError: see `Decoder` and `Decoder.stream`.
     """
-    decoder = Decoder(target, draft, strategy, input_ids.shape[-1] + max_new_tokens)
+    input_ids = _as_prompt(input_ids)
+    decoder = Decoder(target, draft, strategy, len(input_ids) + max_new_tokens)
     return decoder.decode(input_ids, max_new_tokens, eos_token_id)
 
 
@@ -287,7 +289,8 @@ def custom_generate(
     strategy: StrategyBase,
     assistant_model: PreTrainedModel | None = None,
     logits_processor: Sequence[object] = (),
-    **unused: Any,
+    stopping_criteria: Sequence[object] = (),
+    **model_kwargs: Any,
 ) -> Tensor:
     """The Transformers-native entry: `model.generate(ids, custom_generate=custom_generate, ...)`.
 
@@ -298,8 +301,7 @@ def custom_generate(
         [1, L + new] int64: the prompt and the new tokens, as `generate` returns them.
 
     Raises:
-        DecodeError: the call asks for sampling, beams or logits processors, which would change
-            the greedy output.
+        DecodeError: the call asks for something that greedy decoding of one whole prompt is not.
     """
     if assistant_model is None:
         assistant_model = _assistant_of_caller()
@@ -308,6 +310,19 @@ def custom_generate(
     if logits_processor:
         names = ", ".join(type(processor).__name__ for processor in logits_processor)
         raise DecodeError(f"logits processors are not supported, got {names}; unset their options")
+    others = [
+        type(criterion).__name__
+        for criterion in stopping_criteria
+        if not isinstance(criterion, MaxLengthCriteria | EosTokenCriteria)
+    ]
+    if others:
+        raise DecodeError(f"only length and EOS end decoding, got {', '.join(others)}; unset them")
+    if generation_config.return_dict_in_generate:
+        raise DecodeError("return_dict_in_generate is not supported; use dynatree.generate")
+    # Not a parameter by name: `generate` would then pass it twice.
+    attention_mask = model_kwargs.get("attention_mask")
+    if attention_mask is not None and not attention_mask.all():
+        raise DecodeError("the attention_mask hides tokens of the prompt; pass it without padding")
     generation = generate(
         model,
         assistant_model,
@@ -331,6 +346,23 @@ def _assistant_of_caller() -> PreTrainedModel | None:
     if frame.f_code.co_name != "generate":
         return None
     return frame.f_locals.get("assistant_model")
+
+
+def _as_prompt(input_ids: Tensor) -> Tensor:
+    """`input_ids` as [L]; raises DecodeError when it is not one sequence of tokens."""
+    if not isinstance(input_ids, Tensor) or input_ids.dtype != torch.long:
+        given = getattr(input_ids, "dtype", type(input_ids).__name__)
+        raise DecodeError(f"input_ids must be an int64 tensor, got {given}; use torch.tensor(ids)")
+    if input_ids.dim() == 2 and len(input_ids) == 1:
+        input_ids = input_ids[0]
+    if input_ids.dim() != 1:
+        raise DecodeError(
+            "input_ids must be one sequence, of shape [L] or [1, L], got shape "
+            f"{tuple(input_ids.shape)}"
+        )
+    if len(input_ids) == 0:
+        raise DecodeError("the prompt is empty; give at least one token (the BOS token, say)")
+    return input_ids
 
 
 def _as_set(eos_token_id: int | Sequence[int] | None) -> frozenset[int]:

@@ -49,8 +49,6 @@ class Drafter:
                 root_slot + start,
                 tree.attention_mask(start, root_slot),
             )
-        if tree.log_probs.isnan().any():
-            raise DecodeError("the draft model's logits hold a NaN; check its weights and dtype")
         self._read = start
         self._grown = None
         if len(tree) - 1 > self.strategy.max_nodes:
@@ -64,10 +62,11 @@ class Drafter:
         children = min(strategy.max_children, logits.shape[-1])
         log_probs, tokens = torch.log_softmax(logits.float(), dim=-1).topk(children, dim=-1)
         log_probs = (tree.log_probs[level, None] + log_probs).flatten()
+        if log_probs.isnan().any():
+            raise DecodeError("the draft model's logits hold a NaN; check its weights and dtype")
         kept: Tensor | None = None
         if strategy.min_log_prob > -math.inf:
-            # Written so that a NaN stays and is noticed.
-            kept = (~(log_probs < strategy.min_log_prob)).nonzero().flatten()
+            kept = (log_probs >= strategy.min_log_prob).nonzero().flatten()
         grown = len(tree)
         if grown - 1 + (len(log_probs) if kept is None else len(kept)) > strategy.max_nodes:
             candidates = log_probs if kept is None else log_probs[kept]

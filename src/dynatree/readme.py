@@ -1,0 +1,72 @@
+"""The README's table of measured results, so that no number in it is typed by hand."""
+
+from pathlib import Path
+
+from dynatree.ablation import Ablation, Estimate, read_ablation
+from dynatree.errors import ResultError
+
+BEGIN, END = "<!-- reference:begin -->", "<!-- reference:end -->"
+
+
+def with_reference(readme: str, ablation: Ablation, folder: str) -> str:
+    """`readme` with the text between its markers made from `ablation`, which lies in `folder`.
+
+    Raises:
+        ResultError: a marker is missing.
+    """
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
+        raise ResultError(f"README.md: needs {BEGIN} and {END} once each; put them back")
+    before, rest = readme.split(BEGIN)
+    after = rest.split(END)[1]
+    return f"{before}{BEGIN}\n{reference(ablation, folder)}\n{END}{after}"
+
+
+def reference(ablation: Ablation, folder: str) -> str:
+    """The measured table and figure in Markdown."""
+    setting = ablation.setting
+    threads = sorted({facts.threads for facts in ablation.configurations})
+    unequal = sum(facts.unequal_prompts for facts in ablation.configurations)
+    outputs = setting.prompts * len(ablation.configurations)
+    labels: dict[str, list[str]] = {}
+    for table in ablation.tables:
+        for row in table.rows:
+            names = labels.setdefault(row.configuration, [])
+            if row.label not in names:
+                names.append(row.label)
+    lines = [
+        "| configuration | strategy | tokens/s | speedup over AR | tokens per round |",
+        "|---|---|---|---|---|",
+    ]
+    for facts in ablation.configurations:
+        lines.append(
+            f"| `{facts.name}` ({'; '.join(labels.get(facts.name, []))}) | {facts.description} "
+            f"| {facts.throughput.value:.0f} | {_with_interval(facts.speedup)} "
+            f"| {facts.tokens_per_round:.2f} |"
+        )
+    lines += [
+        "",
+        f"Pair `{setting.pair}` in {setting.dtype} on {setting.device}, "
+        f"{' or '.join(map(str, threads))} threads; {setting.prompts} prompts, "
+        f"{setting.runs} timed runs, {setting.max_new_tokens} new tokens; medians, speedups with "
+        f"95 % intervals over prompts. {unequal} of {outputs} outputs differ from autoregressive "
+        f"decoding. Results and provenance: [`{folder}/`]({folder}).",
+        "",
+        f"![Throughput and speedup of each configuration]({folder}/ablation.png)",
+    ]
+    return "\n".join(lines)
+
+
+def update(readme: Path, folder: Path) -> str:
+    """The text that `readme` should have, from the aggregate in `folder`."""
+    return with_reference(
+        readme.read_text(encoding="utf-8"),
+        read_ablation(folder / "ablation.json"),
+        folder.as_posix(),
+    )
+
+
+def _with_interval(estimate: Estimate) -> str:
+    text = f"{estimate.value:.2f}"
+    if estimate.interval is not None:
+        text += f" [{estimate.interval.low:.2f}, {estimate.interval.high:.2f}]"
+    return text

@@ -1,0 +1,37 @@
+"""Every number in the README's table comes from a committed result file."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dynatree.ablation import read_ablation
+from dynatree.aggregate import aggregate
+from dynatree.config import parse_config
+from dynatree.errors import ResultError
+from dynatree.readme import update, with_reference
+from dynatree.results import read_result
+
+ROOT = Path(__file__).parent.parent
+REFERENCE = Path("docs/reference")
+
+
+def test_the_table_is_what_the_reference_results_render_to(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert Path("README.md").read_text() == update(Path("README.md"), REFERENCE)
+
+
+def test_the_reference_aggregate_follows_from_its_runs():
+    """The aggregate is recomputed from the raw records, under the configuration they hold."""
+    kept = read_ablation(ROOT / REFERENCE / "ablation.json")
+    folder = ROOT / REFERENCE / "runs"
+    runs = [read_result(path) for path in sorted(folder.rglob("*.json"))]
+    config = parse_config(yaml.safe_load((ROOT / "config.yaml").read_text()))
+    again = aggregate(config, folder, runs[0].source_digest)
+    assert again == kept
+
+
+def test_a_readme_without_markers_is_refused():
+    kept = read_ablation(ROOT / REFERENCE / "ablation.json")
+    with pytest.raises(ResultError, match="put them back"):
+        with_reference("# no markers", kept, "docs/reference")
