@@ -16,6 +16,14 @@ ROOT = Path(__file__).parent.parent
 REFERENCE = Path("docs/reference")
 
 
+def leaves(data):
+    if isinstance(data, dict):
+        return [leaf for key in sorted(data) for leaf in (key, *leaves(data[key]))]
+    if isinstance(data, list):
+        return [leaf for item in data for leaf in leaves(item)]
+    return [data]
+
+
 def test_the_table_is_what_the_reference_results_render_to(monkeypatch):
     monkeypatch.chdir(ROOT)
     assert Path("README.md").read_text() == update(Path("README.md"), REFERENCE)
@@ -28,7 +36,9 @@ def test_the_reference_aggregate_follows_from_its_runs():
     runs = [read_result(path) for path in sorted(folder.rglob("*.json"))]
     config = parse_config(yaml.safe_load((ROOT / "config.yaml").read_text()))
     again = aggregate(config, folder, runs[0].source_digest)
-    assert again == kept
+    for one, other in zip(leaves(again.model_dump()), leaves(kept.model_dump()), strict=True):
+        # Another processor may round the last digit of a logarithm differently.
+        assert one == (pytest.approx(other, rel=1e-9) if isinstance(other, float) else other)
 
 
 def test_a_readme_without_markers_is_refused():

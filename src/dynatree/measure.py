@@ -49,6 +49,9 @@ def measure(spec: RunSpec, pair: Pair, progress: Progress = lambda *_: None) -> 
         "strategy": Decoder(pair.target, pair.draft, spec.strategy, longest),
     }
     eos = pair.tokenizer.eos_token_id
+    # What is loaded by now stays: taken out of the collector's sight, it does not have to be
+    # walked before every generation.
+    gc.freeze()
     planned = len(prompts) * (settings.warmup + settings.runs) * len(decoders)
     records: list[RunRecord] = []
     outputs: dict[int, dict[Method, list[int]]] = {}
