@@ -181,3 +181,13 @@ def test_any_value_anywhere_is_valid_or_one_config_error(value, path):
     put(data, path, value)
     with suppress(ConfigError):
         parse_config(data)
+
+
+def test_the_order_of_the_tables_counts_and_no_other(data):
+    config = parse_config(copy.deepcopy(data))
+    assert list(yaml.safe_load(config.canonical())["tables"]) == ["forward", "backward"]
+    for section in ("pairs", "configs"):
+        data[section] = dict(reversed(data[section].items()))
+    assert parse_config(copy.deepcopy(data)).canonical() == config.canonical()
+    data["tables"] = dict(reversed(data["tables"].items()))
+    assert parse_config(data).canonical() != config.canonical()

@@ -246,8 +246,13 @@ class Config(Section):
         return self.pair_spec.strategies.get(name, {})
 
     def canonical(self) -> str:
-        """One JSON text for equal configurations; `parse_config` reads it back."""
-        return canonical(self.model_dump(mode="json"))
+        """One JSON text for equal configurations; `parse_config` reads it back.
+
+        Only the order of the tables counts, because they are shown in it.
+        """
+        data = json.loads(canonical(self.model_dump(mode="json")))
+        data["tables"] = self.tables
+        return json.dumps(data, separators=(",", ":"))
 
     def strategy(self, name: str) -> StrategyBase:
         """The strategy of configuration `name`, with the pair's overrides applied.
