@@ -8,7 +8,11 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
-TEX_PACKAGES = "latexmk texlive-latex-base texlive-latex-recommended"
+TOOLS = {
+    "tex": ("latexmk", "latexmk texlive-latex-base texlive-latex-recommended"),
+    "compiler": ("g++", "g++"),
+}
+"""What a marker needs: the command, and the packages that have it."""
 
 
 def pytest_runtest_setup(item):
@@ -17,8 +21,9 @@ def pytest_runtest_setup(item):
 
         if not torch.cuda.is_available():
             pytest.skip("needs a CUDA device")
-    if item.get_closest_marker("tex") is not None and shutil.which("latexmk") is None:
-        reason = f"latexmk is missing; install the Debian packages {TEX_PACKAGES}"
-        if os.environ.get("DYNATREE_REQUIRE_TOOLS") == "1":
-            pytest.fail(reason)
-        pytest.skip(reason)
+    for marker, (tool, packages) in TOOLS.items():
+        if item.get_closest_marker(marker) is not None and shutil.which(tool) is None:
+            reason = f"{tool} is missing; install the Debian packages {packages}"
+            if os.environ.get("DYNATREE_REQUIRE_TOOLS") == "1":
+                pytest.fail(reason)
+            pytest.skip(reason)

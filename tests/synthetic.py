@@ -13,6 +13,7 @@ from dynatree.results import (
     RoundRecord,
     RunRecord,
     RunResult,
+    records_digest,
     totals,
     write_result,
 )
@@ -76,7 +77,12 @@ def result(spec: RunSpec, speedups=None, **changes) -> RunResult:
             "source_digest": SOURCE,
             "prompts_digest": "b" * 64,
             "pair_digest": WEIGHTS,
+            "runtimes": {
+                method: {"mode": "eager", "seconds": 0.0, "graphs": 0, "graph_bytes": 0}
+                for method in ("autoregressive", "strategy")
+            },
             "records": records,
+            "records_digest": records_digest(records),
             "outputs": [
                 Output(prompt=prompt, prompt_tokens=3, tokens=[1] * 13, equal=True, divergence=None)
                 for prompt in range(prompts)

@@ -214,7 +214,7 @@ def test_caches_are_allocated_once():
         for _ in decoder.stream(prompt(length), new):
             addresses.add(tuple(cache.storage.data_ptr() for cache in caches))
             for cache in caches:
-                assert cache.storage.shape[-2] == CONTEXT + TREE.max_drafted
+                assert cache.storage.shape[-2] >= CONTEXT + TREE.max_drafted
                 assert cache.layers[0].keys.data_ptr() == cache.storage.data_ptr()
     assert len(addresses) == 1
 

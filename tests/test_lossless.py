@@ -85,7 +85,10 @@ def test_partial_and_sibling_acceptance_occur(monkeypatch):
     monkeypatch.setattr(
         SlotCache,
         "gather",
-        lambda self, slots, start: gathers.append(slots.tolist()) or gather(self, slots, start),
+        lambda self, sources, destinations: (
+            gathers.append((sources - destinations[0]).tolist())
+            or gather(self, sources, destinations)
+        ),
     )
     for family in FAMILIES:
         gathers.clear()
@@ -94,7 +97,7 @@ def test_partial_and_sibling_acceptance_occur(monkeypatch):
         )
         assert any(0 < entry.accepted < entry.depth for entry in generation.stats.rounds)
         assert any(entry.accepted == entry.depth > 0 for entry in generation.stats.rounds)
-        assert any(slots[-1] - slots[0] >= len(slots) for slots in gathers)
+        assert any(sources[1] > 1 for sources in gathers if len(sources) > 1)
 
 
 @settings(max_examples=25, derandomize=True, deadline=None)
@@ -196,29 +199,32 @@ def breadth_first_positions(monkeypatch):
 def siblings_see_each_other(monkeypatch):
     attention_mask = DraftTree.attention_mask
 
-    def broken(self, start, prefix):
-        mask = attention_mask(self, start, prefix)
-        siblings = self.parents[start:, None] == self.parents[None]
+    def broken(self, start, stop, columns):
+        mask = attention_mask(self, start, stop, columns)
+        nodes = self.parents[: self.size]
+        siblings = nodes[start:stop, None] == nodes[None]
         siblings[:, 0] = False
-        siblings[self.depths[start:] == 0] = False
-        mask[:, prefix:] |= siblings
+        siblings[self.depths[start:stop] == 0] = False
+        root = int((columns == 0).sum())
+        mask[:, root : root + self.size] |= siblings
         return mask
 
     monkeypatch.setattr(DraftTree, "attention_mask", broken)
 
 
 def accepted_path_not_gathered(monkeypatch):
-    monkeypatch.setattr(SlotCache, "gather", lambda self, slots, start: None)
+    monkeypatch.setattr(SlotCache, "gather", lambda self, sources, destinations: None)
 
 
 def parents_not_asked(monkeypatch):
-    def broken(tree, logits):
-        choices = logits.argmax(dim=-1)
-        agreed = choices[tree.parents] == tree.tokens
+    def broken(tree, choices, longest):
+        size = len(choices)
+        agreed = choices[tree.parents[:size]] == tree.tokens[:size]
         agreed[0] = True
         last = agreed.nonzero()[-1, 0]
-        path = tree.ancestors[last].nonzero().flatten()[1:]
-        return Accepted(path.tolist(), [*tree.tokens[path].tolist(), int(choices[last])])
+        path = tree.ancestors[last, :size].nonzero().flatten()
+        tokens = torch.cat((tree.tokens[path[1:]], choices[last : last + 1]))
+        return Accepted(path, tokens, torch.tensor([len(tokens)]))
 
     monkeypatch.setattr("dynatree.decode.accept_greedy", broken)
 

@@ -1,11 +1,13 @@
 """Paired measurement: alternation, honest counts, and the losslessness check of every job."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from micro_pair import micro  # noqa: F401 - a fixture
 
 from dynatree import Autoregressive, Linear, Tree
-from dynatree.accept import Accepted, accept_greedy
+from dynatree.accept import accept_greedy
 from dynatree.config import RunSpec
 from dynatree.errors import DecodeError, LosslessError
 from dynatree.measure import compare, measure, schedule
@@ -87,11 +89,11 @@ def test_every_strategy_goes_through_the_same_measurement(spec, pair, strategy):
 
 
 def test_a_divergence_in_float32_fails_the_job(spec, pair, monkeypatch):
-    def accept_off_by_one(tree, logits):
-        accepted = accept_greedy(tree, logits)
-        if len(tree) == 1:
+    def accept_off_by_one(tree, choices, longest):
+        accepted = accept_greedy(tree, choices, longest)
+        if len(choices) == 1:
             return accepted
-        return Accepted(accepted.path, [(token + 1) % 300 for token in accepted.tokens])
+        return replace(accepted, tokens=(accepted.tokens + 1) % 300)
 
     monkeypatch.setattr("dynatree.decode.accept_greedy", accept_off_by_one)
     with pytest.raises(LosslessError, match=r"prompt \d: the output differs .* at token \d"):

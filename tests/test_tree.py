@@ -1,10 +1,12 @@
 """The tree tensors against naive Python over the same parents."""
 
+import math
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynatree.tree import DraftTree, most_probable
+from dynatree.tree import DraftTree
 
 CPU = torch.device("cpu")
 
@@ -27,10 +29,10 @@ def levels(draw):
 
 
 def grow(tree, grown):
-    tree.plant(7)
-    for level in grown:
+    tree.plant(torch.tensor([7]))
+    for depth, level in enumerate(grown, start=1):
         parents, tokens, log_probs = zip(*level, strict=True)
-        tree.extend(torch.tensor(parents), torch.tensor(tokens), torch.tensor(log_probs))
+        tree.extend(torch.tensor(parents), torch.tensor(tokens), torch.tensor(log_probs), depth)
     return tree
 
 
@@ -45,13 +47,15 @@ def path_of(parents, node):
 
 def check(tree, parents, tokens, log_probs):
     paths = [path_of(parents, node) for node in range(len(parents))]
-    assert len(tree) == len(parents)
-    assert tree.parents.tolist() == parents
-    assert tree.tokens.tolist() == tokens
-    assert tree.log_probs.tolist() == log_probs
-    assert tree.depths.tolist() == [len(path) - 1 for path in paths]
-    assert tree.ancestors.tolist() == [
-        [other in path for other in range(len(parents))] for path in paths
+    size = len(parents)
+    assert tree.size == size
+    assert tree.parents[:size].tolist() == parents
+    assert tree.tokens[:size].tolist() == tokens
+    assert tree.log_probs[:size].tolist() == log_probs
+    assert tree.depths[:size].tolist() == [len(path) - 1 for path in paths]
+    # To the end of the buffers: what an earlier, larger tree left there must not show.
+    assert tree.ancestors[:size].tolist() == [
+        [other in path for other in range(tree.capacity + 1)] for path in paths
     ]
 
 
@@ -69,36 +73,55 @@ def test_tree_is_its_parents_also_when_planted_again(first, second):
 
 
 @settings(max_examples=60, derandomize=True, deadline=None)
-@given(grown=levels(), prefix=st.integers(0, 5), data=st.data())
-def test_attention_mask_shows_prefix_and_ancestors_only(grown, prefix, data):
-    tree = grow(DraftTree(32, CPU), grown)
-    start = data.draw(st.integers(0, len(tree) - 1))
+@given(first=levels(), grown=levels(), prefix=st.integers(0, 5), data=st.data())
+def test_attention_mask_shows_prefix_and_ancestors_only(first, grown, prefix, data):
+    tree = DraftTree(32, CPU)
+    grow(grow(tree, first), grown)
+    start = data.draw(st.integers(0, tree.size - 1))
+    stop = data.draw(st.integers(start + 1, tree.size))
+    visible = data.draw(st.integers(prefix + stop, prefix + 60))
     parents = flat(grown)[0]
-    assert tree.attention_mask(start, prefix).tolist() == [
-        [True] * prefix + [other in path_of(parents, node) for other in range(len(tree))]
-        for node in range(start, len(tree))
+    mask = tree.attention_mask(start, stop, tree.columns(visible, torch.tensor([prefix])))
+    assert mask.tolist() == [
+        [slot < prefix or slot - prefix in path_of(parents, node) for slot in range(visible)]
+        for node in range(start, stop)
     ]
 
 
-@settings(max_examples=60, derandomize=True, deadline=None)
-@given(first=levels(), grown=levels(), count=st.integers(1, 21))
-def test_most_probable_nodes_are_closed_and_select_keeps_them(first, grown, count):
+@settings(max_examples=80, derandomize=True, deadline=None)
+@given(first=levels(), grown=levels(), count=st.integers(1, 21), dying=st.sets(st.integers(1, 20)))
+def test_taken_are_the_most_probable_living_nodes_and_their_ancestors(first, grown, count, dying):
     parents, tokens, log_probs = flat(grown)
-    keep = most_probable(torch.tensor(log_probs), count).tolist()
-    count = min(count, len(parents))
-    assert len(keep) == count
-    assert keep == sorted(set(keep))
-    assert sorted(log_probs[node] for node in keep) == sorted(log_probs)[-count:]
-    assert all(parents[node] in keep for node in keep)
-
+    size = len(parents)
+    for node in range(size):
+        if node in dying or (node and log_probs[parents[node]] == -math.inf):
+            log_probs[node] = -math.inf
+    source = grow(DraftTree(32, CPU), grown)
+    source.log_probs[:size] = torch.tensor(log_probs)
     tree = DraftTree(32, CPU)
-    grow(grow(tree, first), grown).select(torch.tensor(keep))
+    for levels_before in (first, grown):
+        tree.take(grow(DraftTree(32, CPU), levels_before), 32)
+    taken = tree.take(source, count).tolist()
+
+    living = [node for node in range(size) if log_probs[node] > -math.inf]
+    kept = [node for node in taken if node < source.capacity]
+    assert kept == sorted(set(kept))
+    assert len(kept) == min(count, len(living))
+    assert (
+        sorted(log_probs[node] for node in kept)
+        == sorted(log_probs[node] for node in living)[len(living) - len(kept) :]
+    )
+    assert all(parents[node] in kept for node in kept)
+    # Fixed shapes: what is missing is padding, dead and nobody's ancestor.
+    assert taken == kept + [source.capacity] * (min(count, size) - len(kept))
+    padding = tree.size - len(kept)
+    assert tree.log_probs[len(kept) : tree.size].tolist() == [-math.inf] * padding
+    assert not tree.ancestors[len(kept) : tree.size].any()
+    assert not tree.ancestors[: tree.size, len(kept) :].any()
+    tree.size -= padding
     check(
         tree,
-        [keep.index(parents[node]) for node in keep],
-        [tokens[node] for node in keep],
-        [log_probs[node] for node in keep],
+        [kept.index(parents[node]) for node in kept],
+        [tokens[node] for node in kept],
+        [log_probs[node] for node in kept],
     )
-    # A selected tree can grow on.
-    tree.extend(torch.tensor([count - 1]), torch.tensor([3]), torch.tensor([-9.0]))
-    assert tree.ancestors[-1].tolist() == [*tree.ancestors[count - 1, :count].tolist(), True]

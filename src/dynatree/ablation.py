@@ -8,28 +8,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    ValidationError,
     model_validator,
 )
 
-from dynatree.errors import ResultError
-from dynatree.files import write_text
+from dynatree.facts import Fact, read_facts, write_facts
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Verdict = Literal["gain", "loss", "noise", "unknown"]
-
-
-class Fact(BaseModel):
-    """Base of the schema: unknown keys and infinite or missing numbers are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Interval(Fact):
@@ -181,27 +171,9 @@ class Ablation(Fact):
 
 def write_ablation(path: Path, ablation: Ablation) -> None:
     """Writes `ablation` to `path`, all or nothing."""
-    text = ablation.model_dump_json(indent=1)
-    Ablation.model_validate_json(text)
-    write_text(path, text + "\n")
+    write_facts(path, ablation)
 
 
 def read_ablation(path: Path) -> Ablation:
-    """Reads and validates an aggregation.
-
-    Raises:
-        ResultError: the file is missing, cut short, edited, or of another schema version.
-    """
-    try:
-        return Ablation.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
-        raise ResultError(f"{path}: missing; run: snakemake {path}") from None
-    except OSError as error:
-        raise ResultError(f"{path}: cannot be read: {error}") from None
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ResultError(
-            f"{path}: not a valid aggregation ({where + ': ' if where else ''}{first['msg']}); "
-            f"remove it and run: snakemake {path}"
-        ) from None
+    """Reads and validates an aggregation; raises as `read_facts`."""
+    return read_facts(path, Ablation, "aggregation")

@@ -2,46 +2,47 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from dynatree.errors import DecodeError
 from dynatree.tree import DraftTree
 
 
 @dataclass(frozen=True)
 class Accepted:
-    """What one verification commits.
+    """What one verification commits, as tensors of a fixed shape: nothing is read by the host.
 
     Attributes:
-        path: indices of the accepted nodes, root excluded, from shallow to deep.
-        tokens: their tokens, then the bonus token: the target's choice after the last of them.
+        path: [m] int64, the root and the accepted nodes from shallow to deep, then padding.
+        tokens: [m] int64, the target's choice after each node of the path: the accepted tokens
+            and the bonus token, then padding.
+        count: [1] int64, how many of `tokens` are committed: accepted nodes and the bonus token.
     """
 
-    path: list[int]
-    tokens: list[int]
+    path: Tensor
+    tokens: Tensor
+    count: Tensor
 
 
-def accept_greedy(tree: DraftTree, logits: Tensor) -> Accepted:
+def accept_greedy(tree: DraftTree, choices: Tensor, longest: int) -> Accepted:
     """Walks the tree along the target's argmax (SpecInfer, Algorithm 2, VerifyGreedy).
 
     A node is accepted when it and all its ancestors are what the target chooses after their
-    parents. Siblings hold different tokens, so the accepted nodes form one path.
+    parents. Siblings hold different tokens, so the accepted nodes form one path, and the order of
+    the nodes is its order.
 
     Args:
-        tree: n nodes.
-        logits: [n, vocabulary], the target's logits after each node.
-
-    Raises:
-        DecodeError: the logits hold a NaN.
+        tree: n or more rows.
+        choices: [n] int64, the target's argmax after each of the first n rows.
+        longest: nodes of the longest possible path, the root included; m is at most this.
     """
-    best, choices = logits.max(dim=-1)
-    if best.isnan().any():
-        raise DecodeError("the target model's logits hold a NaN; check its weights and dtype")
-    if len(tree) == 1:
-        return Accepted([], [int(choices[0])])
-    refused = choices[tree.parents] != tree.tokens
+    count = len(choices)
+    if count == 1:
+        return Accepted(torch.zeros_like(choices), choices, torch.ones_like(choices))
+    ancestors = tree.ancestors[:count, :count]
+    refused = choices[tree.parents[:count]] != tree.tokens[:count]
     refused[0] = False
-    path = (~(tree.ancestors & refused).any(dim=-1)).nonzero().flatten()
-    # The accepted node's token is its parent's choice, so the choices along the path are the
-    # accepted tokens shifted by one, and the last one is the bonus token.
-    return Accepted(path[1:].tolist(), choices[path].tolist())
+    # A padding row is not even its own ancestor.
+    accepted = ancestors.diagonal() & ~(ancestors & refused).any(dim=-1)
+    path = torch.where(accepted, tree.indices[:count], count - 1).sort().values[:longest]
+    return Accepted(path, choices[path], accepted.sum(dim=0, keepdim=True))

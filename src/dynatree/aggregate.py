@@ -9,19 +9,14 @@ Notation: a generation's throughput is its new tokens divided by its wall time i
   on which method is the reference (Fleming and Wallace, 1986, CACM 29(3)).
 - Change against another row: ratio of the two speedups of a prompt, geometric mean over prompts,
   minus 1. Each row's speedup is paired within its own job, so drift between jobs cancels.
-- Intervals: 95 % percentile bootstrap (Efron and Tibshirani, 1993, chapter 13). Prompts are
-  resampled and not generations: runs of one prompt are repetitions of one case, and counting them
-  as independent would make every interval too narrow. The percentile interval is itself
-  somewhat narrow for few prompts. The seed is fixed, so equal results give equal bytes.
+- Intervals: see `dynatree.estimates`.
 """
 
-from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 from pydantic import BaseModel, PositiveInt, ValidationError
 
@@ -30,7 +25,6 @@ from dynatree.ablation import (
     ConfigurationFacts,
     DepthAcceptance,
     Estimate,
-    Interval,
     Override,
     Row,
     Setting,
@@ -38,15 +32,9 @@ from dynatree.ablation import (
 )
 from dynatree.config import Config, Models, ModelSource, RunSpec, Transformer
 from dynatree.errors import ResultError
+from dynatree.estimates import Floats, estimate, geometric_mean, median, paired_ratios
 from dynatree.results import Method, RunResult, read_result
 
-Floats = npt.NDArray[np.float64]
-Statistic = Callable[[Floats], Floats]
-"""From samples [..., prompts, values per prompt] to one value for each sample [...]."""
-
-RESAMPLES = 10_000
-CHUNK = 500
-SEED = 0
 SHOWN_DIFFERENCES = 6
 
 
@@ -249,42 +237,15 @@ def _throughputs(result: RunResult, method: Method) -> Floats:
 
 def _prompt_speedups(result: RunResult) -> Floats:
     """Speedup of each prompt [prompts]: the median over its runs of the paired ratio."""
-    ratios = _throughputs(result, "strategy") / _throughputs(result, "autoregressive")
-    return np.asarray(np.median(ratios, axis=1))
-
-
-def _median(samples: Floats) -> Floats:
-    return np.asarray(np.median(samples, axis=(-2, -1)))
-
-
-def _geometric_mean(samples: Floats) -> Floats:
-    return np.asarray(np.exp(np.log(samples).mean(axis=(-2, -1))))
+    return paired_ratios(_throughputs(result, "strategy"), _throughputs(result, "autoregressive"))
 
 
 def _relative_change(samples: Floats) -> Floats:
-    return _geometric_mean(samples) - 1.0
-
-
-def _estimate(values: Floats, statistic: Statistic) -> Estimate:
-    """The statistic of `values` [prompts, values per prompt], its interval over prompts."""
-    prompts = len(values)
-    value = float(statistic(values))
-    if prompts == 1:
-        return Estimate(value=value, interval=None)
-    generator = np.random.default_rng(SEED)
-    # In chunks, because all resamples of a large workload at once would not fit into memory.
-    resampled = np.concatenate(
-        [
-            statistic(values[generator.integers(prompts, size=(CHUNK, prompts))])
-            for _ in range(RESAMPLES // CHUNK)
-        ]
-    )
-    low, high = np.percentile(resampled, [2.5, 97.5])
-    return Estimate(value=value, interval=Interval(low=float(low), high=float(high)))
+    return geometric_mean(samples) - 1.0
 
 
 def _change(speedups: Floats, reference: Floats) -> Estimate:
-    return _estimate((speedups / reference)[:, None], _relative_change)
+    return estimate((speedups / reference)[:, None], _relative_change)
 
 
 def _facts(
@@ -305,9 +266,9 @@ def _facts(
             for key, value in config.overrides(name).items()
             if value != base.get(key)
         ],
-        throughput=_estimate(_throughputs(result, "strategy"), _median),
-        autoregressive_throughput=_estimate(_throughputs(result, "autoregressive"), _median),
-        speedup=_estimate(speedups[:, None], _geometric_mean),
+        throughput=estimate(_throughputs(result, "strategy"), median),
+        autoregressive_throughput=estimate(_throughputs(result, "autoregressive"), median),
+        speedup=estimate(speedups[:, None], geometric_mean),
         tokens_per_generation=result.totals.tokens / len(records),
         tokens_per_round=result.totals.tokens_per_round,
         nodes_per_round=result.totals.drafted_nodes / len(rounds) if rounds else 0.0,

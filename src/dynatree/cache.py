@@ -20,46 +20,52 @@ class SlotLayer(StaticLayer):
         self.index = index
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        storage = self.cache.allocate(key_states, value_states)
-        self.keys, self.values = storage[self.index, 0], storage[self.index, 1]
-        self.dtype, self.device = self.keys.dtype, self.keys.device
+        self.cache.allocate(key_states, value_states)
+        self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
+
+    def show(self, storage: Tensor, visible: int) -> None:
+        """Makes the first `visible` slots of `storage` the ones that this layer attends to."""
+        self.keys = storage[self.index, 0, :, :, :visible]
+        self.values = storage[self.index, 1, :, :, :visible]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Stores [1, heads, n, head_size] at the current slots; returns all visible slots."""
+        """Stores [1, heads, n, head_size] at the placed slots; returns all visible slots."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        start, stop = self.cache.start, self.cache.stop
-        self.keys[:, :, start:stop] = key_states
-        self.values[:, :, start:stop] = value_states
-        return self.keys[:, :, :stop], self.values[:, :, :stop]
+        # A tensor of slots, not a Python number: a compiled or captured forward is replayed with
+        # other slots.
+        self.keys.index_copy_(2, self.cache.slots, key_states)
+        self.values.index_copy_(2, self.cache.slots, value_states)
+        return self.keys, self.values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.cache.stop, 0
+        return self.cache.visible, 0
 
     def get_seq_length(self) -> int:
-        return self.cache.start
+        # Asked for only when Transformers makes the mask itself: in the prefill of an empty cache.
+        return 0
 
 
 class SlotCache(Cache):
     """A static KV cache for one sequence, with explicit write slots.
 
-    The next forward writes its n tokens to the slots `start .. stop` and attends to the slots
-    before `stop`; `place` sets both. All layers share one storage tensor of shape
+    The next forward writes its n tokens to `slots` [n] and attends to the first `visible` slots,
+    as far as its mask allows; `place` sets both. All layers share one storage tensor of shape
     [layers, 2, 1, kv_heads, capacity, head_size], so that a gather is one operation.
     """
 
     def __init__(self, num_layers: int, capacity: int) -> None:
         self.capacity = capacity
-        self.start = 0
-        self.stop = 0
+        self.visible = 0
+        self.slots: Tensor
         self.storage: Tensor | None = None
         super().__init__(layers=[SlotLayer(self, index) for index in range(num_layers)])
 
-    def allocate(self, key_states: Tensor, value_states: Tensor) -> Tensor:
-        """Returns the shared storage, made on first use to fit [1, heads, n, head_size] states.
+    def allocate(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Makes the shared storage on first use, to fit [1, heads, n, head_size] states.
 
         Raises:
             DecodeError: a batch, or layers of unequal shape: one storage cannot hold them.
@@ -71,29 +77,38 @@ class SlotCache(Cache):
         if self.storage is None:
             # Zeros: an unwritten slot that a mask hides must still not hold a NaN.
             self.storage = key_states.new_zeros(shape)
+            self._show()
         if self.storage.shape != shape or value_states.shape != key_states.shape:
             raise DecodeError(
                 "keys and values must have one shape in all layers, got keys "
                 f"{tuple(key_states.shape)} and values {tuple(value_states.shape)} beside storage "
                 f"{tuple(self.storage.shape)}: this model's KV layout is not supported"
             )
-        return self.storage
 
-    def place(self, start: int, count: int) -> None:
-        """Lets the next forward write `count` tokens from slot `start` on.
+    def place(self, slots: Tensor, visible: int) -> None:
+        """Lets the next forward write its tokens to `slots` [n] and see `visible` slots.
 
         Raises:
-            DecodeError: the slots end beyond the capacity.
+            DecodeError: there are fewer slots.
         """
-        if start + count > self.capacity:
+        if visible > self.capacity:
             raise DecodeError(
-                f"the KV cache holds {self.capacity} slots, {start + count} are needed; make the "
+                f"the KV cache holds {self.capacity} slots, {visible} are needed; make the "
                 "decoder with a larger max_length"
             )
-        self.start, self.stop = start, start + count
+        self.slots = slots
+        if visible != self.visible:
+            self.visible = visible
+            self._show()
 
-    def gather(self, slots: Tensor, start: int) -> None:
-        """Moves the entries of `slots` [k] to the slots from `start` on, in every layer."""
-        if self.storage is not None and len(slots):
-            # Indexing with a tensor copies, so overlapping slots are safe.
-            self.storage[..., start : start + len(slots), :] = self.storage[..., slots, :]
+    def _show(self) -> None:
+        if self.storage is not None:
+            for layer in self.layers:
+                layer.show(self.storage, self.visible)
+
+    def gather(self, sources: Tensor, destinations: Tensor) -> None:
+        """Moves the entries of the slots `sources` [k] to `destinations` [k], in every layer."""
+        if self.storage is not None:
+            # The selection copies, so overlapping slots are safe.
+            moved = self.storage.index_select(-2, sources)
+            self.storage.index_copy_(-2, destinations, moved)

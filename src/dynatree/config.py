@@ -12,13 +12,25 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    TypeAdapter,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from dynatree.errors import ConfigError
 from dynatree.strategies import Strategy, StrategyBase
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
 """Names become file names below `results/`, so they hold no separators and no shell characters."""
+
+RuntimeMode = Literal["auto", "eager", "compiled", "cudagraph"]
+"""How forwards run; `auto` is CUDA graphs on CUDA and eager elsewhere. See `dynatree.runtime`."""
 
 Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -60,6 +72,40 @@ class Transformer(Section):
             )
         return self
 
+    def times(self, trained: "Transformer") -> int:
+        """How many copies of the features and heads of `trained` this geometry holds.
+
+        Raises:
+            ValueError: no model of this geometry repeats `trained`; see `dynatree.embedded.widen`.
+        """
+        times = self.width // trained.width
+        # Only powers of two divide weights without rounding.
+        if self.width % trained.width or times < 2 or times & (times - 1):
+            raise ValueError(
+                f"width {self.width} must be 2, 4, 8 or another power of two times the trained "
+                f"width {trained.width}; correct one of the two"
+            )
+        if self.heads != times * trained.heads:
+            raise ValueError(
+                f"heads {self.heads} must be {times * trained.heads}, {times} times the trained "
+                f"{trained.heads} as the width is, so that the head size stays "
+                f"{trained.width // trained.heads}"
+            )
+        if self.layers < trained.layers:
+            raise ValueError(
+                f"layers {self.layers} must be at least the trained {trained.layers}; raise it"
+            )
+        return times
+
+
+class Widen(Section):
+    """Geometry that a recipe's trained models are carried over to, with what they have learnt."""
+
+    target: Transformer
+    draft: Transformer
+    vocab_size: Count
+    context: Count
+
 
 class Recipe(Section):
     """How the embedded pair is trained; see `dynatree.embedded`."""
@@ -80,6 +126,7 @@ class Recipe(Section):
     draft_steps: Count
     draft_batch: Count = 32
     draft_learning_rate: Positive = 4e-3
+    widen: Widen | None = None
 
     @model_validator(mode="after")
     def _fits_context(self) -> Self:
@@ -90,6 +137,28 @@ class Recipe(Section):
                 "context or lower sequence, rollout_prompt or rollout_tokens"
             )
         return self
+
+    @model_validator(mode="after")
+    def _can_be_widened(self) -> Self:
+        if self.widen is None:
+            return self
+        for role in ("target", "draft"):
+            try:
+                getattr(self.widen, role).times(getattr(self, role))
+            except ValueError as error:
+                raise ValueError(f"widen.{role}: {error}") from None
+        for name in ("vocab_size", "context"):
+            wide, trained = getattr(self.widen, name), getattr(self, name)
+            if wide < trained:
+                raise ValueError(
+                    f"widen.{name}: {wide} must be at least the trained {trained}; raise it"
+                )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # A recipe that does not widen is the recipe, with the digest, that it was before.
+        return {key: value for key, value in serialise(self).items() if value is not None}
 
 
 class Measure(Section):
@@ -110,6 +179,7 @@ class Models(Section):
     recipe: Recipe | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    runtime: RuntimeMode = "auto"
 
     @model_validator(mode="after")
     def _models_or_recipe(self) -> Self:

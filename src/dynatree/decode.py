@@ -1,8 +1,9 @@
 """The one decode loop: prefill, then rounds of draft, verify, accept, gather."""
 
 import sys
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,20 +13,14 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 
 from dynatree.accept import accept_greedy
 from dynatree.clock import PhaseClock
+from dynatree.config import RuntimeMode
 from dynatree.drafting import Drafter
 from dynatree.errors import DecodeError
+from dynatree.report import Report, Round
 from dynatree.runner import ModelRunner
+from dynatree.runtime import Runtime
 from dynatree.strategies import StrategyBase
 from dynatree.tree import DraftTree
-
-
-@dataclass
-class Round:
-    """What one round did: draft nodes verified, depth of the deepest, draft tokens committed."""
-
-    nodes: int
-    depth: int
-    accepted: int
 
 
 @dataclass
@@ -69,7 +64,8 @@ class Generation:
 class Decoder:
     """Decodes prompts, one at a time, with one target, one draft and one strategy.
 
-    Owns the KV caches of both models, so that they are allocated once.
+    Owns the KV caches of both models, so that they are allocated once. A round has three phases
+    (grow, verify, commit) over preallocated tensors; see `Runtime` for how they run.
     """
 
     def __init__(
@@ -78,17 +74,24 @@ class Decoder:
         draft: PreTrainedModel | None,
         strategy: StrategyBase,
         max_length: int,
+        runtime: RuntimeMode | Runtime = "auto",
     ) -> None:
         """Prepares to decode sequences of up to `max_length` tokens, prompt included.
 
         Raises:
-            DecodeError: the strategy needs a draft and there is none, the vocabularies differ, or
-                a model cannot hold `max_length` tokens.
+            DecodeError: the strategy needs a draft and there is none, the vocabularies differ, a
+                model cannot hold `max_length` tokens, or the device has no such runtime.
         """
+        device = target.device
         self.strategy = strategy
         self.max_length = max_length
-        # The last generated token is never read again, hence one slot less than tokens.
-        self._target = ModelRunner(target, max_length + strategy.max_drafted)
+        self.runtime = runtime if isinstance(runtime, Runtime) else Runtime(runtime, device)
+        longest = strategy.max_depth + 1
+        # Static shapes draft and verify past `max_length`, and past the last living node.
+        slots = self.runtime.capacity(
+            max_length + longest + self.runtime.rows(1 + strategy.max_drafted)
+        )
+        self._target = ModelRunner(target, slots, self.runtime)
         self._drafter: Drafter | None = None
         if strategy.max_depth > 0:
             if draft is None:
@@ -96,18 +99,18 @@ class Decoder:
                     f"strategy {type(strategy).__name__} needs a draft model, got None; pass one, "
                     "or use Autoregressive()"
                 )
-            runner = ModelRunner(draft, max_length + strategy.max_drafted)
+            runner = ModelRunner(draft, slots, self.runtime)
             if runner.vocab_size != self._target.vocab_size:
                 raise DecodeError(
                     f"the draft's vocabulary ({runner.vocab_size}) is not the target's "
                     f"({self._target.vocab_size}); take two models with one tokenizer"
                 )
-            if runner.device != self._target.device:
+            if runner.device != device:
                 raise DecodeError(
-                    f"the draft is on {runner.device} and the target on {self._target.device}; "
+                    f"the draft is on {runner.device} and the target on {device}; "
                     "move both to one device"
                 )
-            self._drafter = Drafter(runner, strategy)
+            self._drafter = Drafter(runner, strategy, self.runtime)
         for role, model in self._runners():
             if model.context is not None and max_length - 1 > model.context:
                 raise DecodeError(
@@ -115,14 +118,57 @@ class Decoder:
                     f"{max_length - 1}, the {role} has {model.context}; shorten the prompt or "
                     "lower max_new_tokens"
                 )
-        self._tree = DraftTree(strategy.max_drafted + 1, self._target.device)
+        # What the phases share. The tree to verify is the root alone until one is grown.
+        self._longest = longest
+        self._root = DraftTree(self.runtime.rows(1), device)
+        self._tree = self._root
+        self._position = torch.zeros(1, dtype=torch.long, device=device)
+        self._recent = torch.zeros(2, dtype=torch.long, device=device)
+        self._choices = torch.zeros(self._most_rows, dtype=torch.long, device=device)
+        self._report = Report(longest, device)
         self._streams = 0
+        self._prepared = False
+
+    @property
+    def _most_rows(self) -> int:
+        return self.runtime.rows(1 + min(self.strategy.max_drafted, self.strategy.max_nodes))
 
     def _runners(self) -> list[tuple[str, ModelRunner]]:
         runners = [("target", self._target)]
         if self._drafter is not None:
             runners.append(("draft", self._drafter.runner))
         return runners
+
+    def prepare(self) -> None:
+        """Compiles and captures what decoding will run; see `Runtime.preparation`.
+
+        The first sequence does so by itself; call it before, to keep it out of a measurement.
+        """
+        if self._prepared or self.runtime.mode == "eager":
+            return
+        runtime, drafter = self.runtime, self._drafter
+        device = self._position.device
+        with torch.inference_mode():
+            prompt = torch.zeros(1, dtype=torch.long, device=device)
+            self._prefill(prompt)
+            phases: dict[tuple[object, ...], Callable[[], None]] = {}
+            # A graph is of one shape; what is compiled only has its shapes left open.
+            shapes = range(1, self.max_length + self._longest)
+            bounds = shapes if runtime.mode == "cudagraph" else shapes[-1:]
+            if drafter is not None:
+                depth = self.strategy.max_depth
+                for visible in sorted({runtime.visible(bound + drafter.span) for bound in bounds}):
+                    phases["grow", visible] = partial(self._grow_phase, depth, visible)
+            most = self._most_rows
+            counts: Iterable[int] = range(1, most + 1) if runtime.static else {1, most}
+            if drafter is not None and not drafter.selecting:
+                counts = {most}
+            for rows in sorted({runtime.rows(count) for count in counts}):
+                for visible in sorted({runtime.visible(bound + rows) for bound in bounds}):
+                    phases["verify", rows, visible] = partial(self._verify_phase, rows, visible)
+                phases["commit", rows] = partial(self._commit_phase, rows)
+            runtime.prepare(phases, lambda: self._position.fill_(1))
+        self._prepared = True
 
     def decode(
         self,
@@ -151,6 +197,7 @@ class Decoder:
                 tokens than `max_length`, or NaN logits.
         """
         prompt = self._check(input_ids, max_new_tokens)
+        self.prepare()
         stop = _as_set(eos_token_id)
         stats = Stats() if stats is None else stats
         rounds = self._rounds(prompt, max_new_tokens, stats)
@@ -171,7 +218,8 @@ class Decoder:
             if end is not None:
                 chunk = chunk[: end + 1]
                 if stats.rounds:
-                    stats.rounds[-1].accepted = min(stats.rounds[-1].accepted, len(chunk))
+                    last = stats.rounds[-1]
+                    stats.rounds[-1] = replace(last, accepted=min(last.accepted, len(chunk)))
                 rounds.close()
             yield chunk
             if end is not None:
@@ -198,59 +246,130 @@ class Decoder:
         self, prompt: Tensor, max_new_tokens: int, stats: Stats
     ) -> Generator[list[int], None, None]:
         """Prefill, then one round per iteration; yields the tokens that each commits."""
-        target, drafter, tree = self._target, self._drafter, self._tree
-        clock = PhaseClock(target.device)
-        for _, runner in self._runners():
-            runner.reset()
+        clock = PhaseClock(prompt.device)
+        # Static shapes: the next tree is grown before the host knows what was committed, so that
+        # it waits for the device once per round.
+        ahead = self.runtime.static and self._drafter is not None
+        remaining = max_new_tokens
         try:
             clock.start()
-            tree.plant(0)
-            tokens = accept_greedy(tree, target.append(prompt)).tokens
-            if drafter is not None:
-                drafter.runner.append(prompt)
+            self._prefill(prompt)
+            stats.target_forwards = 1
+            stats.draft_forwards = int(self._drafter is not None)
             clock.mark("prefill")
             stats.first_token_seconds = clock.seconds()["prefill"]
-            # Committed tokens that the draft has not read yet; the last is the next root.
-            pending = tokens
-            remaining = max_new_tokens - 1
-            yield tokens
+            report = self._report.read()
+            bound = len(prompt)
+            remaining -= len(report.tokens)
+            yield report.tokens
             clock.mark("consumer")
+            grown = False
             while remaining > 0:
-                tree.plant(tokens[-1])
-                # No deeper than can be committed: the bonus token takes the last place.
-                depth = min(self.strategy.max_depth, remaining - 1)
-                if drafter is not None and depth > 0:
-                    drafter.grow(tree, torch.tensor(pending, device=target.device), depth)
+                if self._drafter is not None and not grown:
+                    self._grow(bound, remaining - 1, stats)
+                    report = self._report.read()
                     clock.mark("draft")
-                root_slot = target.length
-                logits = target.forward(
-                    tree.tokens,
-                    tree.depths + root_slot,
-                    root_slot,
-                    tree.attention_mask(0, root_slot),
-                )
+                nodes, depth = report.nodes, report.depth
+                self._verify(nodes, bound)
+                stats.target_forwards += 1
                 clock.mark("verify")
-                accepted = accept_greedy(tree, logits)
-                tokens = accepted.tokens
-                target.keep([root_slot + node for node in (0, *accepted.path)])
-                if drafter is not None:
-                    pending = tokens[drafter.keep(accepted.path) :]
+                self._commit(nodes)
+                clock.mark("other")
+                # One token is left at least, so the round that was just begun is not the last
+                # one as far as the host can know.
+                grown = ahead and remaining > 1
+                if grown:
+                    self._grow(bound + self._longest, remaining, stats)
+                    clock.mark("draft")
+                report = self._report.read()
+                tokens = report.tokens[:remaining]
+                bound += len(report.tokens)
                 remaining -= len(tokens)
                 stats.rounds.append(
-                    Round(
-                        nodes=len(tree) - 1,
-                        depth=int(tree.depths[-1]),
-                        accepted=len(accepted.path),
-                    )
+                    Round(nodes, depth, accepted=min(len(report.tokens) - 1, len(tokens)))
                 )
                 clock.mark("other")
                 yield tokens
                 clock.mark("consumer")
         finally:
-            stats.target_forwards = target.forwards
-            stats.draft_forwards = drafter.runner.forwards if drafter is not None else 0
             stats.seconds = clock.seconds()
             stats.seconds.pop("consumer", None)
+
+    def _prefill(self, prompt: Tensor) -> None:
+        choices = self._choose(self._target.prefill(prompt))
+        if self._drafter is not None:
+            self._drafter.runner.prefill(prompt)
+        self._position.fill_(len(prompt))
+        self._recent[:1] = prompt[-1:]
+        self._recent[1:] = choices
+        self._root.plant(choices)
+        self._tree = self._root
+        self._report.committed(choices, torch.ones_like(choices))
+        self._report.grown(self._root)
+
+    def _choose(self, logits: Tensor) -> Tensor:
+        """The argmax of logits [n, vocabulary], as [n]; the report hears of a NaN."""
+        best, choices = logits.max(dim=-1)
+        self._report.chosen(best)
+        return choices
+
+    def _grow(self, bound: int, depth: int, stats: Stats) -> None:
+        """Phase 1: a tree from the last committed token, whose position is at most `bound`."""
+        drafter = self._drafter
+        assert drafter is not None
+        # With static shapes every tree has the strategy's depth, and surplus tokens are cut off.
+        # Otherwise no deeper than can be committed: the bonus token takes the last place.
+        depth = self.strategy.max_depth if self.runtime.static else depth
+        depth = min(depth, self.strategy.max_depth)
+        if depth == 0:
+            self._tree = self._root
+            self._report.grown(self._root)
+            return
+        visible = self.runtime.visible(bound + drafter.span)
+        self.runtime.run(("grow", visible), lambda: self._grow_phase(depth, visible))
+        stats.draft_forwards += drafter.forwards
+
+    def _grow_phase(self, depth: int, visible: int) -> None:
+        assert self._drafter is not None
+        self._tree = self._drafter.grow(self._recent, self._position, depth, visible)
+        self._report.grown(self._tree)
+
+    def _verify(self, nodes: int, bound: int) -> None:
+        """Phase 2: the target's choice after the root and each of `nodes` draft nodes."""
+        rows = self.runtime.rows(1 + nodes)
+        visible = self.runtime.visible(bound + rows)
+        self.runtime.run(("verify", rows, visible), lambda: self._verify_phase(rows, visible))
+
+    def _verify_phase(self, rows: int, visible: int) -> None:
+        tree = self._tree
+        columns = tree.columns(visible, self._position)
+        logits = self._target.forward(
+            tree.tokens[:rows],
+            tree.depths[:rows] + self._position,
+            tree.indices[:rows] + self._position,
+            tree.attention_mask(0, rows, columns),
+        )
+        self._choices[:rows] = self._choose(logits)
+
+    def _commit(self, nodes: int) -> None:
+        """Phase 3: the accepted path joins the committed tokens of both models."""
+        rows = self.runtime.rows(1 + nodes)
+        self.runtime.run(("commit", rows), lambda: self._commit_phase(rows))
+
+    def _commit_phase(self, rows: int) -> None:
+        tree, position = self._tree, self._position
+        accepted = accept_greedy(tree, self._choices[:rows], self._longest)
+        if self._drafter is not None and self.strategy.max_children > 1 and rows > 1:
+            # The path of a chain is where it belongs already.
+            destinations = tree.indices[: len(accepted.path)] + position
+            self._target.cache.gather(accepted.path + position, destinations)
+            self._drafter.keep(accepted.path, position, destinations)
+        recent = torch.cat((self._recent[1:], accepted.tokens))
+        last = self._root.indices[:2] + accepted.count - 1
+        self._recent.copy_(recent[last])
+        self._root.plant(self._recent[1:])
+        position += accepted.count
+        self._report.committed(accepted.tokens, accepted.count)
 
 
 def generate(
@@ -260,6 +379,7 @@ def generate(
     strategy: StrategyBase,
     max_new_tokens: int = 500,
     eos_token_id: int | Sequence[int] | None = None,
+    runtime: RuntimeMode = "auto",
 ) -> Generation:
     """Greedy decoding with speculative drafts: the target's own greedy output, sooner.
 
@@ -270,6 +390,8 @@ def generate(
         strategy: what to draft each round.
         max_new_tokens: tokens to generate at most.
         eos_token_id: generation ends after any of these; None never ends early.
+        runtime: how forwards run; see `Runtime`. Compiling and capturing pay over many
+            generations: for those, make one `Decoder` and use it again.
 
     Returns:
         The new tokens and the statistics of the run.
@@ -278,7 +400,7 @@ def generate(
         DecodeError: see `Decoder` and `Decoder.stream`.
     """
     input_ids = _as_prompt(input_ids)
-    decoder = Decoder(target, draft, strategy, len(input_ids) + max_new_tokens)
+    decoder = Decoder(target, draft, strategy, len(input_ids) + max_new_tokens, runtime)
     return decoder.decode(input_ids, max_new_tokens, eos_token_id)
 
 

@@ -5,87 +5,122 @@ import math
 import torch
 from torch import Tensor
 
-from dynatree.errors import DecodeError
 from dynatree.runner import ModelRunner
+from dynatree.runtime import Runtime
 from dynatree.strategies import StrategyBase
-from dynatree.tree import DraftTree, most_probable
+from dynatree.tree import DraftTree
 
 
 class Drafter:
-    """Grows draft trees by a strategy's rule; the draft's KV cache persists between rounds."""
+    """Grows draft trees by a strategy's rule; the draft's KV cache persists between rounds.
 
-    def __init__(self, runner: ModelRunner, strategy: StrategyBase) -> None:
+    Attributes:
+        forwards: draft forwards of the last tree.
+    """
+
+    def __init__(self, runner: ModelRunner, strategy: StrategyBase, runtime: Runtime) -> None:
         self.runner = runner
         self.strategy = strategy
-        # The draft reads nodes in the order they are grown; `_grown[i]` is where in that order
-        # node i of the final tree stands, and nodes from `_read` on were never read (the leaves).
-        self._grown: list[int] | None = None
-        self._read = 0
+        self.forwards = 0
+        self._trim = not runtime.static
+        grown, kept = 1 + strategy.max_drafted, 1 + strategy.max_nodes
+        self._grown = DraftTree(runtime.rows(grown), runner.device)
+        # Dead nodes and nodes over the budget are left out before the target reads the tree.
+        self._selects = grown > kept or (runtime.static and strategy.min_log_prob > -math.inf)
+        self._kept = DraftTree(runtime.rows(min(grown, kept)), runner.device)
+        self._origins = torch.full_like(self._kept.tokens, self._grown.capacity)
+        self._recent = torch.tensor([-1, 0], device=runner.device)
 
-    def grow(self, tree: DraftTree, pending: Tensor, max_depth: int) -> None:
-        """Grows `tree` from its root.
+    @property
+    def selecting(self) -> bool:
+        """Whether the size of the tree to verify depends on what the draft says."""
+        return self._selects or self._trim
+
+    @property
+    def span(self) -> int:
+        """Slots after the root's that a tree may use."""
+        return self._grown.capacity
+
+    def grow(self, recent: Tensor, position: Tensor, max_depth: int, visible: int) -> DraftTree:
+        """Grows a tree from the last committed token.
 
         Args:
-            tree: holds the root only.
-            pending: [m] int64, committed tokens that the draft has not read; the last is the root.
-            max_depth: levels to grow at most (at least 1), the strategy's own limit included.
+            recent: [2] int64, the last two committed tokens; the second is the root. The first
+                is read again, at no cost, because a drafted leaf that was accepted never was.
+            position: [1] int64, the root's position, and its slot.
+            max_depth: levels to grow at most (at least 1).
+            visible: KV slots that hold all committed tokens and the tree.
 
-        Raises:
-            DecodeError: the draft's logits hold a NaN.
+        Returns:
+            The tree for the target to verify; on a device where host reads are free, all of its
+            nodes live.
         """
-        runner = self.runner
-        logits = runner.append(pending)
-        root_slot = runner.length - 1
+        runner, tree = self.runner, self._grown
+        columns = tree.columns(visible, position)
+        slots = tree.indices + position
+        recent_slots = position + self._recent
+        logits = runner.forward(
+            recent, recent_slots, recent_slots, columns <= self._recent[:, None] + 1
+        )[1:]
+        self.forwards = 1
+        tree.plant(recent[1:])
         start = 0
-        for depth in range(1, max_depth + 1):
-            level = slice(start, len(tree))
-            self._extend(tree, level, logits)
-            start = level.stop
-            if start == len(tree) or depth == max_depth:
+        for depth, width in enumerate(self.strategy.widths[:max_depth], start=1):
+            stop = tree.size
+            self._extend(tree, slice(start, stop), logits, width, depth)
+            start, stop = stop, tree.size
+            if start == stop or depth == max_depth:
                 break
             logits = runner.forward(
-                tree.tokens[start:],
-                tree.depths[start:] + root_slot,
-                root_slot + start,
-                tree.attention_mask(start, root_slot),
+                tree.tokens[start:stop],
+                tree.depths[start:stop] + position,
+                slots[start:stop],
+                tree.attention_mask(start, stop, columns),
             )
-        self._read = start
-        self._grown = None
-        if len(tree) - 1 > self.strategy.max_nodes:
-            nodes = most_probable(tree.log_probs, self.strategy.max_nodes + 1)
-            tree.select(nodes)
-            self._grown = nodes.tolist()
+            self.forwards += 1
+        return self._select()
 
-    def _extend(self, tree: DraftTree, level: slice, logits: Tensor) -> None:
-        """Adds the children of the nodes of `level`, whose draft logits are [w, vocabulary]."""
+    def _extend(
+        self, tree: DraftTree, level: slice, logits: Tensor, width: int, depth: int
+    ) -> None:
+        """Adds level `depth`: children of the nodes of `level`, whose logits are [w, vocabulary].
+
+        A NaN is neither below a threshold nor dead: it stays in the tree, and is found there.
+        """
         strategy = self.strategy
         children = min(strategy.max_children, logits.shape[-1])
         log_probs, tokens = torch.log_softmax(logits.float(), dim=-1).topk(children, dim=-1)
-        log_probs = (tree.log_probs[level, None] + log_probs).flatten()
-        if log_probs.isnan().any():
-            raise DecodeError("the draft model's logits hold a NaN; check its weights and dtype")
-        kept: Tensor | None = None
+        log_probs = (log_probs + tree.log_probs[level, None]).view(-1)
+        tokens = tokens.view(-1)
+        dead: Tensor | None = None
         if strategy.min_log_prob > -math.inf:
-            kept = (log_probs >= strategy.min_log_prob).nonzero().flatten()
-        grown = len(tree)
-        if grown - 1 + (len(log_probs) if kept is None else len(kept)) > strategy.max_nodes:
-            candidates = log_probs if kept is None else log_probs[kept]
-            # The root has log-probability 0, so it is always among the selected.
-            best = most_probable(torch.cat((tree.log_probs, candidates)), strategy.max_nodes + 1)
-            best = best[best >= grown] - grown
-            kept = best if kept is None else kept[best]
-        if kept is None:
-            kept = torch.arange(len(log_probs), device=log_probs.device)
-        tree.extend(kept // children + level.start, tokens.flatten()[kept], log_probs[kept])
+            dead = log_probs < strategy.min_log_prob
+        if tree.size + len(log_probs) > 1 + strategy.max_nodes:
+            # What a final selection would drop is not grown any further.
+            known = torch.cat((tree.log_probs[: tree.size], log_probs))
+            over = log_probs < known.topk(1 + strategy.max_nodes).values[-1]
+            dead = over if dead is None else dead | over
+        if dead is None:
+            nodes = tree.indices[: len(log_probs)]
+        elif self._trim:
+            nodes = dead.logical_not().nonzero().view(-1)[:width]
+            log_probs, tokens = log_probs.index_select(0, nodes), tokens.index_select(0, nodes)
+        else:
+            log_probs = log_probs.masked_fill(dead, -math.inf)
+            nodes = log_probs.topk(min(width, len(log_probs))).indices.sort().values
+            log_probs, tokens = log_probs.index_select(0, nodes), tokens.index_select(0, nodes)
+        parents = nodes if children == 1 else nodes.div(children, rounding_mode="floor")
+        tree.extend(parents + level.start, tokens, log_probs, depth)
 
-    def keep(self, path: list[int]) -> int:
-        """Commits the draft's KV entries of the accepted nodes `path` (final tree indices).
+    def _select(self) -> DraftTree:
+        grown = self._grown
+        if not self._selects or (self._trim and grown.size <= 1 + self.strategy.max_nodes):
+            self._origins[: grown.size] = grown.indices[: grown.size]
+            return grown
+        nodes = self._kept.take(grown, 1 + self.strategy.max_nodes)
+        self._origins[: len(nodes)] = nodes
+        return self._kept
 
-        Returns:
-            How many of them there are. A leaf was never read, so its token stays pending.
-        """
-        grown = path if self._grown is None else [self._grown[node] for node in path]
-        root_slot = self.runner.length - 1
-        slots = [root_slot + node for node in grown if node < self._read]
-        self.runner.keep(slots)
-        return len(slots)
+    def keep(self, path: Tensor, position: Tensor, destinations: Tensor) -> None:
+        """Moves the KV entries of the nodes `path` [m] of the verified tree to `destinations`."""
+        self.runner.cache.gather(position + self._origins[path], destinations)

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,10 +22,21 @@ from dynatree.decode import Decoder, Generation
 from dynatree.errors import DecodeError, LosslessError
 from dynatree.pairs import Pair
 from dynatree.provenance import peak_memory_bytes, provenance
-from dynatree.results import Divergence, Method, Output, RoundRecord, RunRecord, RunResult, totals
+from dynatree.results import (
+    Divergence,
+    Method,
+    Output,
+    RoundRecord,
+    RunRecord,
+    RunResult,
+    RuntimeFacts,
+    records_digest,
+    totals,
+)
 from dynatree.sources import source_digest
 from dynatree.strategies import Autoregressive
 
+Outcome = TypeVar("Outcome")
 Progress = Callable[[int, int, float], None]
 """Called after each generation with: done, planned, tokens per second of the strategy so far."""
 
@@ -45,9 +58,13 @@ def measure(spec: RunSpec, pair: Pair, progress: Progress = lambda *_: None) -> 
     prompts = encode_prompts(spec, pair)
     longest = max(len(prompt) for prompt in prompts) + settings.max_new_tokens
     decoders: dict[Method, Decoder] = {
-        "autoregressive": Decoder(pair.target, None, Autoregressive(), longest),
-        "strategy": Decoder(pair.target, pair.draft, spec.strategy, longest),
+        "autoregressive": Decoder(
+            pair.target, None, Autoregressive(), longest, spec.models.runtime
+        ),
+        "strategy": Decoder(pair.target, pair.draft, spec.strategy, longest, spec.models.runtime),
     }
+    for decoder in decoders.values():
+        decoder.prepare()
     eos = pair.tokenizer.eos_token_id
     # What is loaded by now stays: taken out of the collector's sight, it does not have to be
     # walked before every generation.
@@ -58,9 +75,8 @@ def measure(spec: RunSpec, pair: Pair, progress: Progress = lambda *_: None) -> 
     done, tokens, seconds = 0, 0, 0.0
     for run, index, order in schedule(settings.warmup, settings.runs, len(prompts)):
         for method in order:
-            generation, elapsed = _timed(
-                decoders[method], prompts[index], settings.max_new_tokens, eos
-            )
+            decode = partial(decoders[method].decode, prompts[index], settings.max_new_tokens, eos)
+            generation, elapsed = timed(decode, pair.target.device)
             # Greedy decoding repeats itself, so the first run's output stands for all.
             first = outputs.setdefault(index, {}).setdefault(method, generation.tokens)
             if generation.tokens != first and spec.models.dtype == "float32":
@@ -90,7 +106,12 @@ def measure(spec: RunSpec, pair: Pair, progress: Progress = lambda *_: None) -> 
         source_digest=source_digest(__file__),
         prompts_digest=digest([prompt.tolist() for prompt in prompts]),
         pair_digest=pair.digest,
+        runtimes={
+            method: RuntimeFacts(mode=decoder.runtime.mode, **asdict(decoder.runtime.preparation))
+            for method, decoder in decoders.items()
+        },
         records=records,
+        records_digest=records_digest(records),
         outputs=compared,
         totals=totals([record for record in records if record.method == "strategy"]),
         peak_memory_bytes=peak_memory_bytes(pair.target.device),
@@ -155,18 +176,17 @@ def compare(
     )
 
 
-def _timed(
-    decoder: Decoder, prompt: Tensor, max_new_tokens: int, eos: int | None
-) -> tuple[Generation, float]:
-    # A collection in the middle of a generation would be charged to whichever method ran then.
+def timed(call: Callable[[], Outcome], device: torch.device) -> tuple[Outcome, float]:
+    """What `call` returns, and its wall time in seconds with `device` idle on both sides."""
+    # A collection in the middle of a call would be charged to whichever method ran then.
     gc.collect()
     gc.disable()
     try:
-        _wait(prompt.device)
+        _wait(device)
         begin = time.perf_counter()
-        generation = decoder.decode(prompt, max_new_tokens, eos)
-        _wait(prompt.device)
-        return generation, time.perf_counter() - begin
+        outcome = call()
+        _wait(device)
+        return outcome, time.perf_counter() - begin
     finally:
         gc.enable()
 

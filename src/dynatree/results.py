@@ -5,30 +5,20 @@ from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import (
     AwareDatetime,
-    BaseModel,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveInt,
-    ValidationError,
     model_validator,
 )
 
-from dynatree.config import RunSpec
-from dynatree.errors import ResultError
-from dynatree.files import write_text
+from dynatree.config import RunSpec, digest
+from dynatree.facts import Fact, read_facts, write_facts
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 
 Seconds = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 Method = Literal["autoregressive", "strategy"]
-
-
-class Fact(BaseModel):
-    """Base of the schema: unknown keys and infinite or missing numbers are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class RoundRecord(Fact):
@@ -138,16 +128,33 @@ class Totals(Fact):
     seconds_by_phase: dict[str, NonNegativeFloat]
 
 
+class RuntimeFacts(Fact):
+    """How a method's forwards ran, and what was done for it before anything was timed.
+
+    Attributes:
+        seconds: spent on compiling and capturing.
+        graphs: CUDA graphs captured.
+        graph_bytes: device memory that they hold.
+    """
+
+    mode: Literal["eager", "compiled", "cudagraph"]
+    seconds: NonNegativeFloat
+    graphs: NonNegativeInt
+    graph_bytes: NonNegativeInt
+
+
 class RunResult(Fact):
     """One measured configuration."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     spec: RunSpec
     spec_digest: str
     source_digest: str
     prompts_digest: str
     pair_digest: str
+    runtimes: dict[Method, RuntimeFacts]
     records: list[RunRecord]
+    records_digest: str
     outputs: list[Output]
     totals: Totals
     peak_memory_bytes: PositiveInt
@@ -159,6 +166,8 @@ class RunResult(Fact):
     def _is_complete(self) -> Self:
         if self.spec_digest != self.spec.digest:
             raise ValueError("spec_digest is not the digest of spec: the file was edited")
+        if self.records_digest != records_digest(self.records):
+            raise ValueError("records_digest is not the digest of records: the file was edited")
         prompts, runs = range(len(self.spec.prompts)), range(self.spec.measure.runs)
         expected = {
             (prompt, run, method)
@@ -209,30 +218,16 @@ def totals(records: list[RunRecord]) -> Totals:
     )
 
 
+def records_digest(records: list[RunRecord]) -> str:
+    """SHA-256 (hex) of the records, in their order: notices a time that was changed by hand."""
+    return digest([record.model_dump(mode="json") for record in records])
+
+
 def write_result(path: Path, result: RunResult) -> None:
     """Writes `result` to `path`, all or nothing."""
-    # Validated once more, as it will be read: a result that cannot be read back is never written.
-    text = result.model_dump_json(indent=1)
-    RunResult.model_validate_json(text)
-    write_text(path, text + "\n")
+    write_facts(path, result)
 
 
 def read_result(path: Path) -> RunResult:
-    """Reads and validates a result file.
-
-    Raises:
-        ResultError: the file is missing, cut short, edited, or of another schema version.
-    """
-    try:
-        return RunResult.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
-        raise ResultError(f"{path}: missing; run: snakemake {path}") from None
-    except OSError as error:
-        raise ResultError(f"{path}: cannot be read: {error}") from None
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ResultError(
-            f"{path}: not a valid result file ({where + ': ' if where else ''}{first['msg']}); "
-            f"remove it and run: snakemake {path}"
-        ) from None
+    """Reads and validates a result file; raises as `read_facts`."""
+    return read_facts(path, RunResult, "result file")

@@ -6,19 +6,16 @@ from transformers import PreTrainedModel
 
 from dynatree.cache import SlotCache
 from dynatree.errors import DecodeError
+from dynatree.packing import packed
+from dynatree.runtime import Runtime
 
 _ATTENTION = ("sdpa", "eager")
 
 
 class ModelRunner:
-    """One model, its KV cache, and how many tokens of the sequence that cache holds.
+    """One model and its KV cache."""
 
-    Attributes:
-        length: committed tokens in the cache: slots and positions `0 .. length - 1`.
-        forwards: forwards run since the last `reset`.
-    """
-
-    def __init__(self, model: PreTrainedModel, capacity: int) -> None:
+    def __init__(self, model: PreTrainedModel, capacity: int, runtime: Runtime) -> None:
         """Prepares `model` (batch 1) with `capacity` KV slots.
 
         Raises:
@@ -37,86 +34,67 @@ class ModelRunner:
                 f"{type(model).__name__} has layers of kind {', '.join(sorted(kinds))}; DynaTree "
                 "decodes models whose layers are all full_attention"
             )
-        self.model = model
         self.device = model.device
+        self.dtype = model.dtype
+        # Positions that the model was made for; None when its configuration names no limit.
+        self.context: int | None = getattr(text_config, "max_position_embeddings", None)
+        # Rows of the output layer.
+        self.vocab_size = int(text_config.vocab_size)
         self.cache = SlotCache(text_config.num_hidden_layers, capacity)
-        self.length = 0
-        self.forwards = 0
+        self._prefill = packed(model)
+        self._call = runtime.callable(model)
         # The eager implementation adds its mask to the scores, SDPA takes booleans as they are.
-        self._additive = model.dtype if attention == "eager" else None
+        self._additive = attention == "eager"
+        # Padding rows may stand beyond the context, where there is no embedding to look up.
+        self._last = self.context - 1 if self.context is not None and runtime.static else None
 
-    @property
-    def context(self) -> int | None:
-        """Positions the model was made for; None when its configuration names no limit."""
-        text_config = self.model.config.get_text_config()
-        return getattr(text_config, "max_position_embeddings", None)
-
-    @property
-    def vocab_size(self) -> int:
-        """Rows of the model's output layer."""
-        return int(self.model.config.get_text_config().vocab_size)
-
-    def reset(self) -> None:
-        """Forgets the sequence; the slots are kept."""
-        self.length = 0
-        self.forwards = 0
-
-    def append(self, tokens: Tensor) -> Tensor:
-        """Reads `tokens` [n] as the next committed tokens.
+    def prefill(self, tokens: Tensor) -> Tensor:
+        """Reads `tokens` [n] into the emptied cache.
 
         Returns:
             Logits [1, vocabulary] after the last of them.
         """
-        count = len(tokens)
-        positions = torch.arange(self.length, self.length + count, device=self.device)
-        mask = None
-        if self.length > 0 and count > 1:
-            visible = torch.arange(self.length + count, device=self.device)
-            mask = visible <= positions[:, None]
-        elif self.length > 0:
-            mask = torch.ones(1, self.length + 1, dtype=torch.bool, device=self.device)
-        # An empty cache needs no mask of ours: Transformers takes its fast causal path.
-        logits = self.forward(tokens, positions, self.length, mask, logits_to_keep=1)
-        self.length += count
+        slots = torch.arange(len(tokens), device=self.device)
+        self.cache.place(slots, len(tokens))
+        # Without a mask of ours, Transformers takes its fast causal path.
+        output = self._prefill(
+            input_ids=tokens[None],
+            position_ids=slots[None],
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits: Tensor = output.logits[0]
         return logits
 
     def forward(
         self,
         tokens: Tensor,
         positions: Tensor,
-        slot: int,
-        mask: Tensor | None,
-        logits_to_keep: int = 0,
+        slots: Tensor,
+        mask: Tensor,
     ) -> Tensor:
-        """One forward over `tokens` [n] at `positions` [n], stored from `slot` on.
+        """One forward over `tokens` [n] at `positions` [n], stored in `slots` [n].
 
         Args:
-            mask: bool [n, slot + n], or None for a causal mask over an empty cache.
-            logits_to_keep: how many of the last tokens need logits; 0 is all.
+            mask: bool [n, visible]: which of the first `visible` slots each token attends to.
 
         Returns:
-            Logits [n or logits_to_keep, vocabulary] in the model's dtype.
+            Logits [n, vocabulary] in the model's dtype.
         """
-        self.cache.place(slot, len(tokens))
-        if mask is not None:
-            mask = mask[None, None]
-            if self._additive is not None:
-                lowest = torch.finfo(self._additive).min
-                mask = torch.zeros_like(mask, dtype=self._additive).masked_fill_(~mask, lowest)
-        output = self.model(
+        self.cache.place(slots, mask.shape[-1])
+        mask = mask[None, None]
+        if self._additive:
+            lowest = torch.finfo(self.dtype).min
+            mask = torch.zeros_like(mask, dtype=self.dtype).masked_fill_(~mask, lowest)
+        if self._last is not None:
+            positions = positions.clamp(max=self._last)
+        output = self._call(
             input_ids=tokens[None],
             position_ids=positions[None],
             attention_mask=mask,
             past_key_values=self.cache,
             use_cache=True,
-            logits_to_keep=logits_to_keep,
         )
-        self.forwards += 1
         logits: Tensor = output.logits[0]
         return logits
-
-    def keep(self, slots: list[int]) -> None:
-        """Commits the tokens stored at the ascending `slots`, after those committed already."""
-        if slots != list(range(self.length, self.length + len(slots))):
-            self.cache.gather(torch.tensor(slots, device=self.device), self.length)
-        self.length += len(slots)

@@ -43,13 +43,24 @@ class StrategyBase(BaseModel):
         return self.max_depth
 
     @property
+    def widths(self) -> list[int]:
+        """Most nodes that each level can hold, whatever the draft says: static shapes.
+
+        The probabilities of a level add up to at most 1, so at most 1 / threshold of its nodes
+        reach the threshold.
+        """
+        # The small term keeps 1 / 0.1 from falling under 10 by rounding.
+        likely = math.floor(math.exp(min(-self.min_log_prob, 20.0)) + 1e-6)
+        widths, width = [], 1
+        for _ in range(self.max_depth):
+            width = min(width * self.max_children, self.max_nodes, likely)
+            widths.append(width)
+        return widths
+
+    @property
     def max_drafted(self) -> int:
         """Most nodes that a round can add before the budget selects: bounds the KV slots."""
-        width, total = 1, 0
-        for _ in range(self.max_depth):
-            width = min(width * self.max_children, self.max_nodes)
-            total += width
-        return total
+        return sum(self.widths)
 
     def describe(self) -> str:
         """The configuration in words, as the tables print it."""

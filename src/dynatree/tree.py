@@ -1,108 +1,109 @@
 """A draft tree as flat tensors. It knows tokens and paths, and nothing of models or caches."""
 
+import math
+
 import torch
 from torch import Tensor
 
 
 class DraftTree:
-    """One round's draft tree, grown level by level into preallocated tensors.
+    """One round's draft tree in preallocated tensors, whose shapes never depend on their values.
 
     Node 0 is the root: the last committed token, which no model has to agree with any more.
     Nodes are in breadth-first order, so a parent always has a smaller index than its children
-    and every level is a contiguous slice. With n nodes (`len(tree)`):
+    and every level is a contiguous slice. A node whose log-probability is minus infinity is dead:
+    it keeps its place, so that shapes stay fixed, until a selection leaves it out. All tensors
+    have `capacity + 1` rows; those from `size` on, the last one in particular, pad selections:
+    they are dead, and nobody's ancestors.
 
     Attributes:
-        tokens: [n] int64, the token of each node.
-        parents: [n] int64, the index of each node's parent; the root is its own parent.
-        depths: [n] int64, edges from the root; position of a node = root position + depth.
-        log_probs: [n] float32, cumulative draft log-probability of the path from the root.
-        ancestors: [n, n] bool, row i marks the path from the root to node i, both included.
+        capacity: most nodes that the tree holds, the root included.
+        size: rows in use.
+        tokens: int64, the token of each node.
+        parents: int64, the index of each node's parent; the root is its own parent.
+        depths: int64, edges from the root; position of a node = root position + depth.
+        log_probs: float32, cumulative draft log-probability of the path from the root.
+        indices: int64, 0, 1, 2, ...
+        ancestors: bool [capacity + 1, capacity + 1], row i marks the path from the root to node
+            i, both included.
     """
 
     def __init__(self, capacity: int, device: torch.device) -> None:
-        self._tokens = torch.zeros(capacity, dtype=torch.long, device=device)
-        self._parents = torch.zeros(capacity, dtype=torch.long, device=device)
-        self._depths = torch.zeros(capacity, dtype=torch.long, device=device)
-        self._log_probs = torch.zeros(capacity, dtype=torch.float32, device=device)
-        self._ancestors = torch.zeros(capacity, capacity, dtype=torch.bool, device=device)
-        self._eye = torch.eye(capacity, dtype=torch.bool, device=device)
-        self._size = 0
+        rows = capacity + 1
+        self.capacity = capacity
+        self.size = 1
+        self.tokens = torch.zeros(rows, dtype=torch.long, device=device)
+        self.parents = torch.zeros(rows, dtype=torch.long, device=device)
+        self.depths = torch.zeros(rows, dtype=torch.long, device=device)
+        self.log_probs = torch.full((rows,), -math.inf, device=device)
+        self.log_probs[0] = 0.0
+        self.indices = torch.arange(rows, device=device)
+        # Column 0 stands for every committed token, column 1 + j for node j: a mask is a choice
+        # of columns. The last node is nobody's ancestor, so its column hides what lies beyond.
+        self._attends = torch.zeros(rows, rows + 1, dtype=torch.bool, device=device)
+        self._attends[:, 0] = True
+        self.ancestors = self._attends[:, 1:]
+        self.ancestors[0, 0] = True
 
-    def __len__(self) -> int:
-        return self._size
+    def plant(self, token: Tensor) -> None:
+        """Empties the tree and makes `token` [1] its root."""
+        self.tokens[:1] = token
+        self.size = 1
 
-    @property
-    def tokens(self) -> Tensor:
-        return self._tokens[: self._size]
+    def extend(self, parents: Tensor, tokens: Tensor, log_probs: Tensor, depth: int) -> None:
+        """Appends the level `depth`: [m] parents, tokens and cumulative log-probabilities."""
+        level = slice(self.size, self.size + len(parents))
+        self.tokens[level] = tokens
+        self.parents[level] = parents
+        self.depths[level] = depth
+        self.log_probs[level] = log_probs
+        self.ancestors[level] = self.ancestors.index_select(0, parents)
+        self.ancestors[level, level].fill_diagonal_(True)
+        self.size = level.stop
 
-    @property
-    def parents(self) -> Tensor:
-        return self._parents[: self._size]
+    def take(self, grown: "DraftTree", count: int) -> Tensor:
+        """Becomes the `count` most probable living nodes of `grown`, in their order.
 
-    @property
-    def depths(self) -> Tensor:
-        return self._depths[: self._size]
-
-    @property
-    def log_probs(self) -> Tensor:
-        return self._log_probs[: self._size]
-
-    @property
-    def ancestors(self) -> Tensor:
-        return self._ancestors[: self._size, : self._size]
-
-    def plant(self, token: int) -> None:
-        """Empties the tree and makes `token` its root."""
-        self._tokens[0] = token
-        self._ancestors[0, 0] = True
-        self._size = 1
-
-    def extend(self, parents: Tensor, tokens: Tensor, log_probs: Tensor) -> None:
-        """Appends one level: [m] parent indices, tokens and cumulative log-probabilities."""
-        start, stop = self._size, self._size + len(parents)
-        self._tokens[start:stop] = tokens
-        self._parents[start:stop] = parents
-        self._depths[start:stop] = self._depths[parents] + 1
-        self._log_probs[start:stop] = log_probs
-        rows = self._ancestors[start:stop]
-        # Cleared up to `stop` only: that is all that any reader of a tree of this size sees.
-        rows[:, :stop] = self._eye[start:stop, :stop]
-        rows[:, :start] = self._ancestors[parents, :start]
-        self._size = stop
-
-    def select(self, keep: Tensor) -> None:
-        """Keeps the nodes at the ascending indices `keep` [k], which must hold their ancestors."""
-        size = len(keep)
-        renumbered = torch.empty_like(self.parents)
-        renumbered[keep] = torch.arange(size, device=keep.device)
-        self._tokens[:size] = self._tokens[keep]
-        self._parents[:size] = renumbered[self._parents[keep]]
-        self._depths[:size] = self._depths[keep]
-        self._log_probs[:size] = self._log_probs[keep]
-        self._ancestors[:size, :size] = self._ancestors[keep][:, keep]
-        self._size = size
-
-    def attention_mask(self, start: int, prefix: int) -> Tensor:
-        """Who the nodes from index `start` on may attend to.
-
-        Args:
-            start: first node of the query.
-            prefix: committed slots before the root; every node sees all of them.
+        A child is never more probable than its parent, and on a tie the stable order prefers the
+        smaller index, hence the parent: so the selection holds the ancestors of its nodes.
 
         Returns:
-            [n - start, prefix + n] bool: prefix and ancestors (the node itself included).
+            [min(count, grown.size)] the nodes' indices in `grown`; where there are fewer living
+            ones, the rest is `grown.capacity`, and dead here too.
         """
-        size = self._size
-        mask = torch.ones(size - start, prefix + size, dtype=torch.bool, device=self._tokens.device)
-        mask[:, prefix:] = self._ancestors[start:size, :size]
-        return mask
+        log_probs, nodes = grown.log_probs[: grown.size], grown.indices[: grown.size]
+        if count < grown.size:
+            nodes = log_probs.sort(descending=True, stable=True).indices[:count]
+            log_probs = log_probs[nodes]
+        nodes = torch.where(log_probs == -math.inf, grown.capacity, nodes).sort().values
+        size = len(nodes)
+        renumbered = torch.empty_like(grown.parents)
+        renumbered[nodes] = self.indices[:size]
+        self.tokens[:size] = grown.tokens[nodes]
+        self.parents[:size] = renumbered[grown.parents[nodes]]
+        self.depths[:size] = grown.depths[nodes]
+        self.log_probs[:size] = grown.log_probs[nodes]
+        self.ancestors[:size] = False
+        self.ancestors[:size, :size] = grown.ancestors[nodes][:, nodes]
+        self.size = size
+        return nodes
 
+    def columns(self, visible: int, position: Tensor) -> Tensor:
+        """Which column of `attention_mask`'s table each of the first `visible` slots stands for.
 
-def most_probable(log_probs: Tensor, count: int) -> Tensor:
-    """Ascending indices [count] of the most probable nodes.
+        Args:
+            position: [1] int64, the root's slot; node j lies j slots further.
 
-    A child is never more probable than its parent, and on a tie the stable order prefers the
-    smaller index, hence the parent: so the selection always holds the ancestors of its nodes.
-    """
-    order = torch.sort(log_probs, descending=True, stable=True).indices
-    return order[:count].sort().values
+        Returns:
+            [visible] int64.
+        """
+        offsets = torch.arange(1, visible + 1, device=position.device) - position
+        return offsets.clamp_(0, self.capacity + 1)
+
+    def attention_mask(self, start: int, stop: int, columns: Tensor) -> Tensor:
+        """Who the nodes `start .. stop - 1` may attend to.
+
+        Returns:
+            [stop - start, visible] bool: committed tokens and ancestors (the node itself too).
+        """
+        return self._attends[start:stop].index_select(1, columns)

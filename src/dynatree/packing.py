@@ -1,0 +1,98 @@
+"""Linear layers of a float32 model on oneDNN's blocked weights, for decoding on a CPU.
+
+A verification multiplies a few rows by each weight matrix. PyTorch hands that to MKL in the
+weight's plain layout, which costs two to three times as much for 2 to 16 rows as for one. On
+weights reordered once into oneDNN's blocked layout, 16 rows cost hardly more than one: the time is
+that of reading the weights. `bench/results` holds the measurement.
+"""
+
+import copy
+import weakref
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+MIN_WEIGHTS = 2**17
+"""Smaller matrices stay as they are: there the call into oneDNN costs more than it saves."""
+
+
+class PackedLinear(nn.Module):
+    """`nn.Linear` on a reordered copy of its weight [out, in]; the original is left alone."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.out_features = linear.out_features
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
+        self.bias = None if linear.bias is None else linear.bias.detach()
+        # torch.compile cannot take a blocked weight as an input, but it can carry a number.
+        self.handle = id(self)
+        _BY_HANDLE[self.handle] = self
+
+    def forward(self, states: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return cast(
+                Tensor, torch.ops.dynatree.packed_linear(states, self.handle, self.out_features)
+            )
+        return self.multiply(states)
+
+    def multiply(self, states: Tensor) -> Tensor:
+        """[..., in] to [..., out]."""
+        return cast(
+            Tensor,
+            torch.ops.mkldnn._linear_pointwise(states, self.packed, self.bias, "none", [], ""),
+        )
+
+
+_BY_HANDLE: weakref.WeakValueDictionary[int, PackedLinear] = weakref.WeakValueDictionary()
+_PACKED: weakref.WeakKeyDictionary[PreTrainedModel, tuple[list[int], PreTrainedModel]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+_library = torch.library.Library("dynatree", "DEF")
+_library.define("packed_linear(Tensor states, int handle, int out_features) -> Tensor")
+_library.impl("packed_linear", lambda states, handle, _: _BY_HANDLE[handle].multiply(states), "CPU")
+
+
+torch.library.register_fake(
+    "dynatree::packed_linear",
+    lambda states, _, out_features: states.new_empty((*states.shape[:-1], out_features)),
+    lib=_library,
+)
+
+
+def packed(model: PreTrainedModel) -> PreTrainedModel:
+    """A model like `model` that shares its tensors, with its large linear layers packed.
+
+    Returns `model` itself where there is nothing to gain: not on a CPU, not in float32, no oneDNN,
+    or only small layers. The packed weights are kept for the next call; a change of the originals
+    in place is noticed, and packs anew.
+    """
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and module.weight.numel() >= MIN_WEIGHTS
+    }
+    if (
+        not linears
+        or model.device.type != "cpu"
+        or model.dtype != torch.float32
+        or not torch.backends.mkldnn.is_available()
+    ):
+        return model
+    state = [
+        number
+        for linear in linears.values()
+        for number in (linear.weight.data_ptr(), linear.weight._version)
+    ]
+    if model in _PACKED and _PACKED[model][0] == state:
+        return _PACKED[model][1]
+    # With every tensor in the memo, a deep copy is a second set of modules over the same tensors.
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    twin = copy.deepcopy(model, shared)
+    for name, linear in linears.items():
+        twin.set_submodule(name, PackedLinear(linear))
+    _PACKED[model] = (state, twin)
+    return twin

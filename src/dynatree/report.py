@@ -1,0 +1,79 @@
+"""What the host learns of a round: one small tensor, read once."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dynatree.errors import DecodeError
+from dynatree.tree import DraftTree
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one round did: draft nodes verified, depth of the deepest, draft tokens committed."""
+
+    nodes: int
+    depth: int
+    accepted: int
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A report as read by the host.
+
+    Attributes:
+        tokens: committed by the last verification (or the prefill), the bonus token included.
+        nodes: draft nodes of the tree that waits for verification.
+        depth: depth of its deepest node.
+    """
+
+    tokens: list[int]
+    nodes: int
+    depth: int
+
+
+class Report:
+    """A tensor on the device that the phases of a round write their outcome to.
+
+    Layout: tokens [longest], their count, NaN in the target's logits, NaN in the draft's, nodes
+    and depth of the tree to verify next.
+    """
+
+    def __init__(self, longest: int, device: torch.device) -> None:
+        self._longest = longest
+        self._values = torch.zeros(longest + 5, dtype=torch.long, device=device)
+        # Where a copy from a CUDA device lands without a detour.
+        self._host = torch.zeros_like(self._values, device="cpu", pin_memory=device.type == "cuda")
+
+    def committed(self, tokens: Tensor, count: Tensor) -> None:
+        """Notes that the first `count` [1] of `tokens` [m] were committed."""
+        self._values[: len(tokens)] = tokens
+        self._values[self._longest : self._longest + 1] = count
+
+    def chosen(self, best: Tensor) -> None:
+        """Notes whether the target's largest logits `best` [n] hold a NaN."""
+        self._values[self._longest + 1] = best.isnan().any()
+
+    def grown(self, tree: DraftTree) -> None:
+        """Notes the shape of the tree to verify, and whether the draft gave it a NaN."""
+        log_probs = tree.log_probs[: tree.size]
+        self._values[self._longest + 2] = log_probs.isnan().any()
+        self._values[self._longest + 3] = (log_probs != -math.inf).sum() - 1
+        self._values[self._longest + 4] = tree.depths[: tree.size].max()
+
+    def read(self) -> Reading:
+        """Waits for the device and reads the report.
+
+        Raises:
+            DecodeError: the logits of a model hold a NaN.
+        """
+        values = self._host.copy_(self._values).tolist()
+        count, *unsound, nodes, depth = values[self._longest :]
+        for role, found in zip(("target", "draft"), unsound, strict=True):
+            if found:
+                raise DecodeError(
+                    f"the {role} model's logits hold a NaN; check its weights and dtype"
+                )
+        return Reading(values[:count], nodes, depth)

@@ -1,0 +1,144 @@
+"""How forwards run: eagerly, compiled, or as replayed CUDA graphs; and which shapes they have."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from dynatree.config import RuntimeMode
+from dynatree.errors import DecodeError
+from dynatree.packing import packed
+
+SLOT_BUCKETS = {True: 256, False: 64}
+"""Attention reads a multiple of this many KV slots, where shapes are static and where not."""
+
+
+# The code that Inductor generates for a CPU brings an OpenMP runtime of its own. With threads, its
+# waiting ones would spin on the cores that PyTorch's matrix products want.
+_INDUCTOR: dict[str, str | int | bool | Callable[..., Any]] = {"cpp.threads": 1}
+
+
+@dataclass
+class Preparation:
+    """What had to be done before timing: seconds, graphs captured, bytes that they hold."""
+
+    seconds: float = 0.0
+    graphs: int = 0
+    graph_bytes: int = 0
+
+
+class Runtime:
+    """Runs the phases of decoding on one device.
+
+    A phase is a function of preallocated tensors that reads and changes them in place, so that
+    running it is the same as replaying what was captured of it.
+
+    Attributes:
+        mode: `eager`, `compiled` (`torch.compile` of the models' forward) or `cudagraph` (that,
+            captured together with all that lies between two forwards).
+        static: shapes depend on the strategy alone and are rounded up to buckets, and the host
+            reads one tensor per round: for devices where a read waits for all work in flight. On a
+            CPU reads are free, and every forward holds exactly the living nodes.
+        preparation: what `prepare` of the decoder cost.
+    """
+
+    def __init__(self, mode: RuntimeMode, device: torch.device, static: bool | None = None) -> None:
+        """Resolves `auto`; `static` is for tests of the static shapes on a CPU.
+
+        Raises:
+            DecodeError: CUDA graphs on another device.
+        """
+        cuda = device.type == "cuda"
+        if mode == "cudagraph" and not cuda:
+            raise DecodeError(
+                f"runtime: 'cudagraph' needs a CUDA device, the models are on {device}; use auto, "
+                "eager or compiled"
+            )
+        resolved = "cudagraph" if cuda else "eager"
+        self.mode = resolved if mode == "auto" else mode
+        self.static = device.type != "cpu" if static is None else static
+        self.device = device
+        self.preparation = Preparation()
+        self._graphs: dict[tuple[object, ...], Any] = {}
+        self._pool: Any = None
+
+    def rows(self, count: int) -> int:
+        """Rows of a forward that has to hold `count` nodes: the next power of two, if static."""
+        return 1 << (count - 1).bit_length() if self.static else count
+
+    def visible(self, slots: int) -> int:
+        """KV slots that attention reads, and the mask may hide, where `slots` are in use."""
+        bucket = SLOT_BUCKETS[self.static]
+        return -(-slots // bucket) * bucket
+
+    def capacity(self, slots: int) -> int:
+        """KV slots to allocate where up to `slots` are in use."""
+        # Never a number that `visible` returns: torch.compile takes equal sizes for one size, and
+        # would compile once more for the forward that sees all slots.
+        return self.visible(slots) + 8
+
+    def callable(self, model: PreTrainedModel) -> Callable[..., Any]:
+        """The forward of `model` as this runtime calls it, with shapes left open."""
+        forward: Callable[..., Any] = packed(model)
+        if self.mode == "eager":
+            return forward
+        # One pair needs four (two models, one token and several), and a process may hold several.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        compiled: Callable[..., Any] = torch.compile(
+            packed(model).forward, dynamic=True, fullgraph=True, options=_INDUCTOR
+        )
+        return compiled
+
+    def run(self, key: tuple[object, ...], phase: Callable[[], None]) -> None:
+        """Runs `phase`, or replays what was captured under `key`."""
+        graph = self._graphs.get(key)
+        if graph is None:
+            phase()
+        else:
+            graph.replay()
+
+    def prepare(
+        self, phases: dict[tuple[object, ...], Callable[[], None]], reset: Callable[[], object]
+    ) -> None:
+        """Runs every phase, so that all is compiled, and captures it where graphs are used.
+
+        Graphs share one memory pool: they run one after the other, and what one leaves for the
+        next lies in tensors that were there before.
+
+        Args:
+            reset: makes a state that every phase can start from; called before each run.
+        """
+        begin, before = time.perf_counter(), self._reserved()
+        for key, phase in phases.items():
+            reset()
+            phase()
+            if self.mode == "cudagraph":
+                self._graphs[key] = self._capture(phase, reset)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.preparation = Preparation(
+            seconds=time.perf_counter() - begin,
+            graphs=len(self._graphs),
+            graph_bytes=self._reserved() - before,
+        )
+
+    def _capture(self, phase: Callable[[], None], reset: Callable[[], object]) -> Any:
+        # Libraries allocate their workspaces on a stream's first use, which cannot be captured.
+        side = torch.cuda.Stream(self.device)
+        side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(side):
+            reset()
+            phase()
+        torch.cuda.current_stream(self.device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        with torch.cuda.graph(graph, pool=self._pool):
+            phase()
+        return graph
+
+    def _reserved(self) -> int:
+        return torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else 0

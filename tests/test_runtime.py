@@ -1,0 +1,147 @@
+"""Runtimes, their shapes, and packed linear layers."""
+
+import copy
+import gc
+
+import pytest
+import torch
+from models import STRATEGIES, VOCAB, build, draft_of, expected, oracle, prompt, target_of
+from torch import nn
+
+import dynatree
+from dynatree.errors import DecodeError
+from dynatree.packing import PackedLinear, packed
+from dynatree.runtime import Runtime
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def small_weights_too(monkeypatch):
+    monkeypatch.setattr("dynatree.packing.MIN_WEIGHTS", 1)
+
+
+def test_auto_is_eager_on_a_cpu():
+    runtime = Runtime("auto", CPU)
+    assert (runtime.mode, runtime.static) == ("eager", False)
+
+
+def test_cuda_graphs_need_cuda():
+    with pytest.raises(DecodeError, match="runtime: 'cudagraph' needs a CUDA device"):
+        dynatree.generate(
+            target_of("llama"), None, prompt(3), dynatree.Autoregressive(), 3, runtime="cudagraph"
+        )
+
+
+def test_static_shapes_are_buckets():
+    runtime = Runtime("eager", CPU, static=True)
+    assert [runtime.rows(count) for count in (1, 2, 3, 4, 5, 8, 9, 255, 256)] == [
+        1, 2, 4, 4, 8, 8, 16, 256, 256
+    ]  # fmt: skip
+    assert [runtime.visible(slots) for slots in (1, 256, 257, 512, 513)] == [
+        256, 256, 512, 512, 768
+    ]  # fmt: skip
+    exact = Runtime("eager", CPU)
+    assert [exact.rows(count) for count in (1, 3, 255)] == [1, 3, 255]
+    assert all(exact.visible(slots) - slots in range(64) for slots in range(1, 300))
+
+
+@pytest.mark.parametrize("count", [1, 100, 256])
+def test_no_forward_sees_as_many_slots_as_there_are(count):
+    for runtime in (Runtime("eager", CPU), Runtime("eager", CPU, static=True)):
+        assert runtime.capacity(count) > runtime.visible(count) >= count
+
+
+def test_static_widths_hold_whatever_the_draft_says():
+    tree = dynatree.Tree(depth=7, branch_factor=2, prune_threshold=0.05)
+    assert tree.widths == [2, 4, 8, 16, 20, 20, 20]
+    assert dynatree.Tree(depth=3, branch_factor=9, prune_threshold=0.1).widths == [9, 10, 10]
+    assert dynatree.Tree(depth=4, branch_factor=3, prune_threshold=0, node_budget=7).widths == [
+        3, 7, 7, 7
+    ]  # fmt: skip
+    assert dynatree.Linear(num_draft_tokens=4).widths == [1, 1, 1, 1]
+    assert dynatree.Autoregressive().widths == []
+
+
+@pytest.mark.compiler
+def test_compiled_on_a_cpu(small_weights_too):
+    """Once, over what can differ: one token and several, packed layers, both models."""
+    target, draft = target_of("gpt_neox"), draft_of("gpt_neox", "noisy")
+    compiles = []
+    for name in ("ar", "linear", "default"):
+        decoder = dynatree.Decoder(target, draft, STRATEGIES[name], 60, runtime="compiled")
+        decoder.prepare()
+        assert decoder.runtime.preparation.seconds > 0
+        for length, new in ((17, 30), (5, 23)):
+            assert decoder.decode(prompt(length), new).tokens == expected("gpt_neox", length, new)
+        compiles.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    # Shapes are left open: one graph for one token and one for several, for each model.
+    assert compiles[-1] - compiles[0] <= 3
+
+
+def linears(model, kind):
+    return [module for module in model.modules() if type(module) is kind]
+
+
+def test_packed_layers_share_all_tensors_and_leave_the_model_alone(small_weights_too):
+    model = build("gpt_neox", layers=2)
+    before = copy.deepcopy(model.state_dict())
+    twin = packed(model)
+    assert not linears(model, PackedLinear)
+    assert len(linears(twin, PackedLinear)) == len(linears(model, nn.Linear)) > 4
+    assert not linears(twin, nn.Linear)
+    shared = {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    assert {tensor.data_ptr() for tensor in twin.parameters()} <= shared
+    assert all(torch.equal(model.state_dict()[name], before[name]) for name in before)
+
+
+def test_packed_layers_compute_the_same(small_weights_too):
+    model = build("llama", layers=2)
+    ids = prompt(9)[None]
+    with torch.inference_mode():
+        reference = model(ids).logits
+        torch.testing.assert_close(packed(model)(ids).logits, reference, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "llama", "gpt2", "qwen2"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_packed_models_decode_losslessly(family, strategy, small_weights_too):
+    target = build(family, layers=2, seed=3)
+    generation = dynatree.generate(
+        target, draft_of(family, "noisy"), prompt(11), STRATEGIES[strategy], 24
+    )
+    assert generation.tokens == oracle(target, prompt(11), 24)
+
+
+def test_packing_is_done_once_and_again_after_a_change(small_weights_too):
+    model = build("llama")
+    twin = packed(model)
+    assert packed(model) is twin
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[VOCAB - 2] = 1.0
+    assert packed(model) is not twin
+    ids = prompt(9)[None]
+    with torch.inference_mode():
+        torch.testing.assert_close(packed(model)(ids).logits, model(ids).logits)
+
+
+def test_packed_weights_go_with_their_model(small_weights_too):
+    model = build("llama")
+    handles = [module.handle for module in linears(packed(model), PackedLinear)]
+    from dynatree.packing import _BY_HANDLE, _PACKED
+
+    assert all(handle in _BY_HANDLE for handle in handles)
+    known = len(_PACKED)
+    del model
+    gc.collect()
+    assert len(_PACKED) == known - 1
+
+
+@pytest.mark.parametrize("change", ["small", "bfloat16"])
+def test_nothing_is_packed_where_nothing_is_gained(change, monkeypatch):
+    model = build("llama")
+    if change == "bfloat16":
+        monkeypatch.setattr("dynatree.packing.MIN_WEIGHTS", 1)
+        model = model.to(torch.bfloat16)
+    assert packed(model) is model
