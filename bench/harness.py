@@ -247,7 +247,8 @@ def write(
         f"{spec.measure.max_new_tokens} new tokens; {versions}."
     )
     text = f"{table}\n{caption}\n"
-    path = setting.out / f"{benchmark}-{spec.pair}-{setting.device.type}"
+    name = f"{benchmark}-{spec.pair}-{setting.device.type}-{spec.models.runtime}"
+    path = setting.out / name
     write_text(path.with_suffix(".json"), _json(record) + "\n")
     write_text(path.with_suffix(".md"), text)
     print(f"{text}\nwritten to {path}.json and .md")

@@ -131,7 +131,7 @@ def run(micro, tmp_path, monkeypatch, capsys):  # noqa: F811
 
 def test_peers_records_every_method_and_the_ratios_follow_from_the_seconds(run, tmp_path):
     out = run("--prompts", "2", "--tokens", "6", "--threads", "1", "--out", "here")
-    record = json.loads((tmp_path / "here/peers-micro-cpu.json").read_text())
+    record = json.loads((tmp_path / "here/peers-micro-cpu-auto.json").read_text())
     expected = {name for name in peers.METHODS if name != "generate_compiled"}
     assert set(record["methods"]) == expected
     assert all(len(tokens) == 6 for tokens in record["reference"])
@@ -163,7 +163,7 @@ def test_peers_records_every_method_and_the_ratios_follow_from_the_seconds(run, 
     assert record["provenance"]["device"]["threads"] == 1
     assert record["provenance"]["command"][0] == "bench/peers.py"
     assert record["provenance"]["models"]["draft"]["identity"] in record["setting"]["pair_digest"]
-    table = (tmp_path / "here/peers-micro-cpu.md").read_text()
+    table = (tmp_path / "here/peers-micro-cpu-auto.md").read_text()
     assert table in out
     assert "| `prompt_lookup` | prompt_lookup_num_tokens" in table
     assert "| 2 of 2 |" in table
