@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Copies the present results to the given folder and renews the README's table from them.
+# Copies the present results to the given folder and renews the README's tables.
 set -euo pipefail
 folder=$1
 mkdir -p "$folder"
 rm -rf "$folder/runs"
 cp -r results/runs "$folder/runs"
 cp results/ablation.json results/ablation.csv paper/ablation.tex paper/figures/ablation.png "$folder/"
-python scripts/update_readme.py --readme README.md --reference "$folder"
+python scripts/update_readme.py --readme README.md --reference "$folder" --benchmarks bench/results

@@ -1,4 +1,4 @@
-"""Renews the README's table of results; a front end to `dynatree.readme`."""
+"""Renews the README's tables of results; a front end to `dynatree.readme`."""
 
 import argparse
 from pathlib import Path
@@ -12,8 +12,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--readme", required=True, type=Path)
     parser.add_argument("--reference", required=True, type=Path)
+    parser.add_argument("--benchmarks", required=True, type=Path)
     arguments = parser.parse_args()
-    write_text(arguments.readme, update(arguments.readme, arguments.reference))
+    text = update(arguments.readme, arguments.reference, arguments.benchmarks)
+    write_text(arguments.readme, text)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Every number in the README's table comes from a committed result file."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,12 @@ from dynatree.ablation import read_ablation
 from dynatree.aggregate import aggregate
 from dynatree.config import parse_config
 from dynatree.errors import ResultError
-from dynatree.readme import update, with_reference
+from dynatree.readme import update, with_benchmarks, with_reference
 from dynatree.results import read_result
 
 ROOT = Path(__file__).parent.parent
 REFERENCE = Path("docs/reference")
+BENCHMARKS = Path("bench/results")
 
 
 def leaves(data):
@@ -26,7 +28,23 @@ def leaves(data):
 
 def test_the_table_is_what_the_reference_results_render_to(monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert Path("README.md").read_text() == update(Path("README.md"), REFERENCE)
+    assert Path("README.md").read_text() == update(Path("README.md"), REFERENCE, BENCHMARKS)
+
+
+def test_a_benchmark_table_is_what_the_file_says(tmp_path):
+    (tmp_path / "peers.md").write_text("| 2 |\n")
+    readme = "a\n<!-- bench:peers -->\n| 1 |\n<!-- bench:end -->\nb\n"
+    assert with_benchmarks(readme, tmp_path) == readme.replace("1", "2")
+    with pytest.raises(ResultError, match=r"README\.md shows .*other\.md, which cannot be read"):
+        with_benchmarks(readme.replace("peers", "other"), tmp_path)
+
+
+def test_every_committed_benchmark_table_has_its_record():
+    tables = sorted((ROOT / BENCHMARKS).glob("*.md"))
+    assert tables
+    for path in tables:
+        record = json.loads(path.with_suffix(".json").read_text())
+        assert record["provenance"]["git"]["commit"]
 
 
 def test_the_reference_aggregate_follows_from_its_runs():

@@ -1,9 +1,9 @@
 """Linear layers of a float32 model on oneDNN's blocked weights, for decoding on a CPU.
 
 A verification multiplies a few rows by each weight matrix. PyTorch hands that to MKL in the
-weight's plain layout, which costs two to three times as much for 2 to 16 rows as for one. On
-weights reordered once into oneDNN's blocked layout, 16 rows cost hardly more than one: the time is
-that of reading the weights. `bench/results` holds the measurement.
+weight's plain layout, where the first few rows more cost much more than the reading of the weights
+that they share. On weights reordered once into oneDNN's blocked layout they cost little.
+`bench/forwards.py` measures both.
 """
 
 import copy

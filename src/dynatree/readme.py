@@ -1,11 +1,14 @@
-"""The README's table of measured results, so that no number in it is typed by hand."""
+"""The README's tables of measured results, so that no number in it is typed by hand."""
 
+import re
 from pathlib import Path
 
 from dynatree.ablation import Ablation, Estimate, read_ablation
 from dynatree.errors import ResultError
 
 BEGIN, END = "<!-- reference:begin -->", "<!-- reference:end -->"
+BENCHMARK = re.compile(r"(<!-- bench:(?P<name>[\w.-]+) -->\n).*?(<!-- bench:end -->)", re.DOTALL)
+"""What stands between these markers is the Markdown that a benchmark wrote under that name."""
 
 
 def with_reference(readme: str, ablation: Ablation, folder: str) -> str:
@@ -56,13 +59,32 @@ def reference(ablation: Ablation, folder: str) -> str:
     return "\n".join(lines)
 
 
-def update(readme: Path, folder: Path) -> str:
-    """The text that `readme` should have, from the aggregate in `folder`."""
-    return with_reference(
+def with_benchmarks(readme: str, folder: Path) -> str:
+    """`readme` with the tables of the benchmarks that it names, from their files in `folder`.
+
+    Raises:
+        ResultError: a named benchmark has no file.
+    """
+
+    def table(match: re.Match[str]) -> str:
+        path = folder / f"{match['name']}.md"
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise ResultError(f"README.md shows {path}, which cannot be read: {error}") from None
+        return f"{match[1]}{text}{match[3]}"
+
+    return BENCHMARK.sub(table, readme)
+
+
+def update(readme: Path, reference: Path, benchmarks: Path) -> str:
+    """The text that `readme` should have, from the results in the two folders."""
+    text = with_reference(
         readme.read_text(encoding="utf-8"),
-        read_ablation(folder / "ablation.json"),
-        folder.as_posix(),
+        read_ablation(reference / "ablation.json"),
+        reference.as_posix(),
     )
+    return with_benchmarks(text, benchmarks)
 
 
 def _with_interval(estimate: Estimate) -> str:
