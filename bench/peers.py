@@ -25,7 +25,7 @@ from harness import (
     write,
 )
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, StaticCache
+from transformers import GenerationConfig, StaticCache
 from transformers.utils import is_sklearn_available
 
 from dynatree.decode import Decoder
@@ -157,12 +157,13 @@ def compiled_peers(setting: Setting) -> dict[str, Method]:
     if setting.spec.models.runtime != "compiled":
         return {}
     forward = torch.compile(target.forward, dynamic=True)
-    dynamic = generate(setting, "compiled, dynamic cache", {})
-    preallocated = generate(setting, "compiled, static cache", static)
-    return {
-        "dynamic": _with_forward(target, forward, dynamic),
-        "static": _with_forward(target, forward, preallocated),
-    }
+    plain = generate(setting, "compiled, static cache", static)
+
+    def decode_compiled(prompt: Tensor) -> list[int]:
+        with replaced(target, "forward", forward):
+            return plain.decode(prompt)
+
+    return {"static": Method(plain.label, decode_compiled)}
 
 
 def candidates(setting: Setting) -> dict[str, dict[str, Method]]:
@@ -315,14 +316,6 @@ def replaced(owner: object, name: str, value: object) -> Iterator[None]:
             setattr(owner, name, before)
         else:
             delattr(owner, name)
-
-
-def _with_forward(target: PreTrainedModel, forward: object, method: Method) -> Method:
-    def decode(prompt: Tensor) -> list[int]:
-        with replaced(target, "forward", forward):
-            return method.decode(prompt)
-
-    return Method(method.label, decode)
 
 
 def main() -> None:

@@ -3,13 +3,13 @@
 import platform
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import psutil
 import torch
 
-LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "snakemake")
+LIBRARIES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "snakemake")
 
 
 def device_facts(device: torch.device) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def provenance(device: torch.device, seed: int) -> dict[str, Any]:
             "cores": psutil.cpu_count(logical=False),
         },
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in LIBRARIES},
+        "versions": {name: _version(name) for name in LIBRARIES},
         "git": git_facts(),
         "seed": seed,
         "command": sys.argv,
@@ -66,6 +66,14 @@ def peak_memory_bytes(device: torch.device) -> int:
     import resource  # not on Windows, which has no CUDA-free users of this pipeline either
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _version(name: str) -> str | None:
+    # Benchmarks run where the pipeline is not installed, and triton is there with CUDA only.
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def _git(*arguments: str) -> str | None:
