@@ -6,6 +6,7 @@ slots whatever their depth, and the entries of the accepted path are gathered do
 """
 
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 from transformers import Cache, StaticLayer
 
 from dynatree.errors import DecodeError
@@ -24,10 +25,10 @@ class SlotLayer(StaticLayer):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
-    def show(self, storage: Tensor, visible: int) -> None:
-        """Makes the first `visible` slots of `storage` the ones that this layer attends to."""
-        self.keys = storage[self.index, 0, :, :, :visible]
-        self.values = storage[self.index, 1, :, :, :visible]
+    def show(self, visible: int) -> None:
+        """Makes the first `visible` slots the ones that this layer attends to."""
+        keys, values = self.cache.parts[self.index]
+        self.keys, self.values = keys[:, :, :visible], values[:, :, :visible]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -62,6 +63,7 @@ class SlotCache(Cache):
         self.visible = 0
         self.slots: Tensor
         self.storage: Tensor | None = None
+        self.parts: list[tuple[Tensor, Tensor]] = []
         super().__init__(layers=[SlotLayer(self, index) for index in range(num_layers)])
 
     def allocate(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -77,6 +79,9 @@ class SlotCache(Cache):
         if self.storage is None:
             # Zeros: an unwritten slot that a mask hides must still not hold a NaN.
             self.storage = key_states.new_zeros(shape)
+            # The same memory as tensors with storages of their own: torch.compile spends minutes
+            # on the question whether views of one storage, written to, overlap.
+            self.parts = [(from_dlpack(layer[0]), from_dlpack(layer[1])) for layer in self.storage]
             self._show()
         if self.storage.shape != shape or value_states.shape != key_states.shape:
             raise DecodeError(
@@ -104,7 +109,7 @@ class SlotCache(Cache):
     def _show(self) -> None:
         if self.storage is not None:
             for layer in self.layers:
-                layer.show(self.storage, self.visible)
+                layer.show(self.visible)
 
     def gather(self, sources: Tensor, destinations: Tensor) -> None:
         """Moves the entries of the slots `sources` [k] to `destinations` [k], in every layer."""

@@ -88,9 +88,7 @@ class Decoder:
         self.runtime = runtime if isinstance(runtime, Runtime) else Runtime(runtime, device)
         longest = strategy.max_depth + 1
         # Static shapes draft and verify past `max_length`, and past the last living node.
-        slots = self.runtime.capacity(
-            max_length + longest + self.runtime.rows(1 + strategy.max_drafted)
-        )
+        slots = self.runtime.capacity(max_length + longest + 1 + strategy.max_drafted)
         self._target = ModelRunner(target, slots, self.runtime)
         self._drafter: Drafter | None = None
         if strategy.max_depth > 0:
@@ -120,7 +118,7 @@ class Decoder:
                 )
         # What the phases share. The tree to verify is the root alone until one is grown.
         self._longest = longest
-        self._root = DraftTree(self.runtime.rows(1), device)
+        self._root = DraftTree(1, device)
         self._tree = self._root
         self._position = torch.zeros(1, dtype=torch.long, device=device)
         self._recent = torch.zeros(2, dtype=torch.long, device=device)
@@ -131,7 +129,11 @@ class Decoder:
 
     @property
     def _most_rows(self) -> int:
-        return self.runtime.rows(1 + min(self.strategy.max_drafted, self.strategy.max_nodes))
+        return 1 + min(self.strategy.max_drafted, self.strategy.max_nodes)
+
+    def _rows(self, nodes: int) -> int:
+        """Rows of a verification of `nodes` draft nodes and the root."""
+        return min(self.runtime.rows(1 + nodes), self._most_rows)
 
     def _runners(self) -> list[tuple[str, ModelRunner]]:
         runners = [("target", self._target)]
@@ -160,10 +162,10 @@ class Decoder:
                 for visible in sorted({runtime.visible(bound + drafter.span) for bound in bounds}):
                     phases["grow", visible] = partial(self._grow_phase, depth, visible)
             most = self._most_rows
-            counts: Iterable[int] = range(1, most + 1) if runtime.static else {1, most}
-            if drafter is not None and not drafter.selecting:
-                counts = {most}
-            for rows in sorted({runtime.rows(count) for count in counts}):
+            nodes: Iterable[int] = range(most) if runtime.static else {0, most - 1}
+            if drafter is not None and not drafter.varies:
+                nodes = {most - 1}
+            for rows in sorted({self._rows(count) for count in nodes}):
                 for visible in sorted({runtime.visible(bound + rows) for bound in bounds}):
                     phases["verify", rows, visible] = partial(self._verify_phase, rows, visible)
                 phases["commit", rows] = partial(self._commit_phase, rows)
@@ -336,7 +338,7 @@ class Decoder:
 
     def _verify(self, nodes: int, bound: int) -> None:
         """Phase 2: the target's choice after the root and each of `nodes` draft nodes."""
-        rows = self.runtime.rows(1 + nodes)
+        rows = self._rows(nodes)
         visible = self.runtime.visible(bound + rows)
         self.runtime.run(("verify", rows, visible), lambda: self._verify_phase(rows, visible))
 
@@ -353,7 +355,7 @@ class Decoder:
 
     def _commit(self, nodes: int) -> None:
         """Phase 3: the accepted path joins the committed tokens of both models."""
-        rows = self.runtime.rows(1 + nodes)
+        rows = self._rows(nodes)
         self.runtime.run(("commit", rows), lambda: self._commit_phase(rows))
 
     def _commit_phase(self, rows: int) -> None:

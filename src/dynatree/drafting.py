@@ -24,17 +24,17 @@ class Drafter:
         self.forwards = 0
         self._trim = not runtime.static
         grown, kept = 1 + strategy.max_drafted, 1 + strategy.max_nodes
-        self._grown = DraftTree(runtime.rows(grown), runner.device)
+        self._grown = DraftTree(grown, runner.device)
         # Dead nodes and nodes over the budget are left out before the target reads the tree.
         self._selects = grown > kept or (runtime.static and strategy.min_log_prob > -math.inf)
-        self._kept = DraftTree(runtime.rows(min(grown, kept)), runner.device)
+        self._kept = DraftTree(min(grown, kept), runner.device)
         self._origins = torch.full_like(self._kept.tokens, self._grown.capacity)
         self._recent = torch.tensor([-1, 0], device=runner.device)
 
     @property
-    def selecting(self) -> bool:
+    def varies(self) -> bool:
         """Whether the size of the tree to verify depends on what the draft says."""
-        return self._selects or self._trim
+        return self._trim or self.strategy.min_log_prob > -math.inf
 
     @property
     def span(self) -> int:
