@@ -3,14 +3,23 @@
 For CPUs: on CUDA nothing is packed, and `roofline.py` times the captured phases.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from harness import Setting, Timings, argument_parser, interleaved, load, markdown, write
+from harness import (
+    SYSTEM,
+    Setting,
+    Timings,
+    argument_parser,
+    interleaved,
+    load,
+    markdown,
+    replaced,
+    write,
+)
 
 from dynatree import packing
 from dynatree.config import RuntimeMode
@@ -21,17 +30,6 @@ from dynatree.runtime import Runtime
 ROWS = (1, 2, 4, 8, 16, 32)
 MODES: tuple[RuntimeMode, ...] = ("eager", "compiled")
 REPETITIONS = 10
-
-
-@contextmanager
-def unpacked() -> Iterator[None]:
-    """Models prepared inside keep their linear layers as they are."""
-    before = packing.MIN_WEIGHTS
-    packing.MIN_WEIGHTS = 2**62
-    try:
-        yield
-    finally:
-        packing.MIN_WEIGHTS = before
 
 
 def forward_of(setting: Setting, mode: RuntimeMode) -> Callable[[int], None]:
@@ -60,7 +58,7 @@ def measure(setting: Setting) -> dict[str, Any]:
     """Milliseconds per forward, by method and number of rows."""
     methods: dict[str, Callable[[int], None]] = {}
     for mode in MODES:
-        with unpacked():
+        with replaced(packing, "MIN_WEIGHTS", 2**62):
             methods[f"{mode}, plain"] = forward_of(setting, mode)
         methods[f"{mode}, packed"] = forward_of(setting, mode)
     timings = interleaved(
@@ -86,7 +84,7 @@ def milliseconds(timings: Timings[None]) -> list[float]:
 
 def main() -> None:
     """Entry point of the command."""
-    setting = load(argument_parser(__doc__).parse_args(), "dynatree")
+    setting = load(argument_parser(__doc__).parse_args(), SYSTEM)
     measured = measure(setting)
     header = ("milliseconds per forward of", *(f"{rows} rows" for rows in ROWS))
     rows = [

@@ -8,7 +8,8 @@ intervals.
 import argparse
 import gc
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -27,6 +28,9 @@ from dynatree.files import write_text
 from dynatree.measure import encode_prompts, timed
 from dynatree.pairs import Pair, load_models
 from dynatree.provenance import provenance
+
+SYSTEM = "dynatree"
+"""The configuration that is the full system."""
 
 Case = TypeVar("Case")
 Outcome = TypeVar("Outcome")
@@ -293,3 +297,18 @@ def _json(data: Any, depth: int = 0) -> str:
         items = [_json(value, depth + 1) for value in data]
         return "[" + inner + ("," + inner).join(items) + outer + "]"
     return json.dumps(data, allow_nan=False)
+
+
+@contextmanager
+def replaced(owner: object, name: str, value: object) -> Iterator[None]:
+    """Gives an object another attribute for a while, and leaves none behind that it had not."""
+    had = name in vars(owner)
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if had:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)

@@ -6,13 +6,13 @@ Every output is compared with that of plain `model.generate`.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from harness import (
+    SYSTEM,
     Setting,
     argument_parser,
     differences,
@@ -20,6 +20,7 @@ from harness import (
     load,
     markdown,
     ratio,
+    replaced,
     shown,
     throughput,
     write,
@@ -31,9 +32,6 @@ from transformers.utils import is_sklearn_available
 from dynatree.decode import Decoder
 from dynatree.errors import reporting
 from dynatree.strategies import Autoregressive, Linear, StrategyBase
-
-SYSTEM = "dynatree"
-"""The configuration that is the full system."""
 
 LINEAR_TOKENS = (2, 3, 4, 6, 8)
 ASSISTANT_TOKENS = (2, 3, 4, 6, 8)
@@ -301,21 +299,6 @@ def table(measured: Mapping[str, Any]) -> str:
             markdown(("ratio of tokens/s", "paired, with 95 % interval over prompts"), ratios),
         )
     )
-
-
-@contextmanager
-def replaced(owner: object, name: str, value: object) -> Iterator[None]:
-    """Gives an object another attribute for a while, and leaves none behind that it had not."""
-    had = name in vars(owner)
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        if had:
-            setattr(owner, name, before)
-        else:
-            delattr(owner, name)
 
 
 def main() -> None:

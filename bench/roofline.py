@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import Setting, argument_parser, interleaved, load, markdown, positive, write
-from peers import SYSTEM
+from harness import SYSTEM, Setting, argument_parser, interleaved, load, markdown, positive, write
 from rounds import observe, summary
 from torch import Tensor, nn
 from transformers import PreTrainedModel

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from harness import (
+    SYSTEM,
     Setting,
     Timings,
     argument_parser,
@@ -21,9 +22,9 @@ from harness import (
     load,
     markdown,
     positive,
+    replaced,
     write,
 )
-from peers import SYSTEM, replaced
 from torch import Tensor
 
 from dynatree.clock import PhaseClock

@@ -30,6 +30,24 @@ def train(folder, **changes):
     )
 
 
+def study(folder, prompts, configs, **measure):
+    """What `config.yaml` says of a study with the micro pair in `folder`."""
+    return {
+        "pair": "micro",
+        "pairs": {
+            "micro": {
+                "target": {"path": str(folder / "target")},
+                "draft": {"path": str(folder / "draft")},
+                "device": "cpu",
+            }
+        },
+        "workloads": {"w": {"prompts": prompts}},
+        "measure": {"workload": "w", "max_new_tokens": 8, **measure},
+        "configs": configs,
+        "tables": {"forward": list(configs)},
+    }
+
+
 @pytest.fixture(scope="session")
 def micro(tmp_path_factory):
     folder = tmp_path_factory.mktemp("micro")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from micro_pair import micro  # noqa: F401 - a fixture
+from micro_pair import micro, study  # noqa: F401 - a fixture
 
 from dynatree.errors import ConfigError, LosslessError
 
@@ -100,20 +100,13 @@ def test_replaced_leaves_the_object_as_it_was():
 
 @pytest.fixture
 def run(micro, tmp_path, monkeypatch, capsys):  # noqa: F811
-    config = {
-        "pair": "micro",
-        "pairs": {
-            "micro": {
-                "target": {"path": str(micro / "target")},
-                "draft": {"path": str(micro / "draft")},
-                "device": "cpu",
-            }
-        },
-        "workloads": {"w": {"prompts": ["The with statement", "Return a list", "Raise"]}},
-        "measure": {"workload": "w", "runs": 2, "warmup": 1, "max_new_tokens": 8},
-        "configs": {"dynatree": {"strategy": "tree", "depth": 3, "prune_threshold": 0}},
-        "tables": {"forward": ["dynatree"]},
-    }
+    config = study(
+        micro,
+        ["The with statement", "Return a list", "Raise"],
+        {"dynatree": {"strategy": "tree", "depth": 3, "prune_threshold": 0}},
+        runs=2,
+        warmup=1,
+    )
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     monkeypatch.chdir(tmp_path)
     # One candidate of each family would choose nothing; two keep the test short.

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from micro_pair import RECIPE, micro  # noqa: F401 - a fixture
+from micro_pair import RECIPE, micro, study  # noqa: F401 - a fixture
 from models import build
 
 import dynatree.decode
@@ -52,20 +52,13 @@ class TickingClock(PhaseClock):
 
 @pytest.fixture
 def folder(micro, tmp_path, monkeypatch):  # noqa: F811
-    config = {
-        "pair": "micro",
-        "pairs": {
-            "micro": {
-                "target": {"path": str(micro / "target")},
-                "draft": {"path": str(micro / "draft")},
-                "device": "cpu",
-            }
-        },
-        "workloads": {"w": {"prompts": PROMPTS}},
-        "measure": {"workload": "w", "runs": 3, "warmup": 1, "max_new_tokens": 8},
-        "configs": {"dynatree": {"strategy": "tree", "depth": 3, "prune_threshold": 0}},
-        "tables": {"forward": ["dynatree"]},
-    }
+    config = study(
+        micro,
+        PROMPTS,
+        {"dynatree": {"strategy": "tree", "depth": 3, "prune_threshold": 0}},
+        runs=3,
+        warmup=1,
+    )
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import yaml
-from micro_pair import micro  # noqa: F401 - a fixture
+from micro_pair import micro, study  # noqa: F401 - a fixture
 
 from dynatree.cli import app
 from dynatree.results import read_result
@@ -13,20 +13,13 @@ from dynatree.results import read_result
 
 @pytest.fixture
 def run(micro, tmp_path, monkeypatch, capsys):  # noqa: F811
-    config = {
-        "pair": "micro",
-        "pairs": {
-            "micro": {
-                "target": {"path": str(micro / "target")},
-                "draft": {"path": str(micro / "draft")},
-                "device": "cpu",
-            }
-        },
-        "workloads": {"w": {"prompts": ["The with statement"]}},
-        "measure": {"workload": "w", "runs": 1, "warmup": 0, "max_new_tokens": 8},
-        "configs": {"ar": {"strategy": "autoregressive"}, "dynatree": {"strategy": "tree"}},
-        "tables": {"forward": ["ar", "dynatree"]},
-    }
+    config = study(
+        micro,
+        ["The with statement"],
+        {"ar": {"strategy": "autoregressive"}, "dynatree": {"strategy": "tree"}},
+        runs=1,
+        warmup=0,
+    )
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     monkeypatch.chdir(tmp_path)
 

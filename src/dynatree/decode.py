@@ -118,6 +118,7 @@ class Decoder:
                 )
         # What the phases share. The tree to verify is the root alone until one is grown.
         self._longest = longest
+        self._most_rows = 1 + min(strategy.max_drafted, strategy.max_nodes)
         self._root = DraftTree(1, device)
         self._tree = self._root
         self._position = torch.zeros(1, dtype=torch.long, device=device)
@@ -126,10 +127,6 @@ class Decoder:
         self._report = Report(longest, device)
         self._streams = 0
         self._prepared = False
-
-    @property
-    def _most_rows(self) -> int:
-        return 1 + min(self.strategy.max_drafted, self.strategy.max_nodes)
 
     def _rows(self, nodes: int) -> int:
         """Rows of a verification of `nodes` draft nodes and the root."""

@@ -23,6 +23,7 @@ class Drafter:
         self.strategy = strategy
         self.forwards = 0
         self._trim = not runtime.static
+        self._widths = strategy.widths
         grown, kept = 1 + strategy.max_drafted, 1 + strategy.max_nodes
         self._grown = DraftTree(grown, runner.device)
         # Dead nodes and nodes over the budget are left out before the target reads the tree.
@@ -65,7 +66,7 @@ class Drafter:
         self.forwards = 1
         tree.plant(recent[1:])
         start = 0
-        for depth, width in enumerate(self.strategy.widths[:max_depth], start=1):
+        for depth, width in enumerate(self._widths[:max_depth], start=1):
             stop = tree.size
             self._extend(tree, slice(start, stop), logits, width, depth)
             start, stop = stop, tree.size
@@ -104,10 +105,10 @@ class Drafter:
             nodes = tree.indices[: len(log_probs)]
         elif self._trim:
             nodes = dead.logical_not().nonzero().view(-1)[:width]
-            log_probs, tokens = log_probs.index_select(0, nodes), tokens.index_select(0, nodes)
         else:
             log_probs = log_probs.masked_fill(dead, -math.inf)
             nodes = log_probs.topk(min(width, len(log_probs))).indices.sort().values
+        if dead is not None:
             log_probs, tokens = log_probs.index_select(0, nodes), tokens.index_select(0, nodes)
         parents = nodes if children == 1 else nodes.div(children, rounding_mode="floor")
         tree.extend(parents + level.start, tokens, log_probs, depth)

@@ -83,13 +83,14 @@ class Runtime:
 
     def callable(self, model: PreTrainedModel) -> Callable[..., Any]:
         """The forward of `model` as this runtime calls it, with shapes left open."""
-        forward: Callable[..., Any] = packed(model)
+        model = packed(model)
+        forward: Callable[..., Any] = model
         if self.mode == "eager":
             return forward
         # One pair needs four (two models, one token and several), and a process may hold several.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         compiled: Callable[..., Any] = torch.compile(
-            packed(model).forward, dynamic=True, fullgraph=True, options=_INDUCTOR
+            model.forward, dynamic=True, fullgraph=True, options=_INDUCTOR
         )
         return compiled
 
