@@ -25,6 +25,7 @@ from transformers import (
 
 from dynatree.config import Recipe, Transformer, canonical
 from dynatree.embedded.corpus import corpus_digest, python_docs
+from dynatree.embedded.muon import Muon
 from dynatree.embedded.widen import widen
 from dynatree.files import write_text
 
@@ -233,7 +234,7 @@ def _fit(
     chosen = set(matrices)
     rest = [weight for weight in model.parameters() if weight not in chosen]
     optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.Muon(matrices, lr=5 * learning_rate, weight_decay=0.01),
+        Muon(matrices, lr=5 * learning_rate, weight_decay=0.01),
         torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01),
     ]
     bases = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
