@@ -1,13 +1,17 @@
 """How forwards run: eagerly, compiled, or as replayed CUDA graphs; and which shapes they have."""
 
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
+from types import FunctionType
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+import torch.fx.experimental._config
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
 
 from dynatree.config import RuntimeMode
 from dynatree.errors import DecodeError
@@ -84,15 +88,7 @@ class Runtime:
     def callable(self, model: PreTrainedModel) -> Callable[..., Any]:
         """The forward of `model` as this runtime calls it, with shapes left open."""
         model = packed(model)
-        forward: Callable[..., Any] = model
-        if self.mode == "eager":
-            return forward
-        # One pair needs four (two models, one token and several), and a process may hold several.
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-        compiled: Callable[..., Any] = torch.compile(
-            model.forward, dynamic=True, fullgraph=True, options=_INDUCTOR
-        )
-        return compiled
+        return model if self.mode == "eager" else partial(_compiled, model)
 
     def run(self, key: tuple[object, ...], phase: Callable[[], None]) -> None:
         """Runs `phase`, or replays what was captured under `key`."""
@@ -147,6 +143,53 @@ class Runtime:
 
     def _reserved(self) -> int:
         return torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else 0
+
+
+def _forward(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    attention_mask: Tensor,
+    past_key_values: Cache,
+    use_cache: bool,
+) -> Any:
+    return model(
+        input_ids=input_ids,
+        position_ids=position_ids,
+        attention_mask=attention_mask,
+        past_key_values=past_key_values,
+        use_cache=use_cache,
+    )
+
+
+_COMPILED: weakref.WeakKeyDictionary[
+    PreTrainedModel, dict[tuple[object, ...], Callable[..., Any]]
+] = weakref.WeakKeyDictionary()
+
+
+def _compiled(model: PreTrainedModel, *, input_ids: Tensor, **inputs: Any) -> Any:
+    """The compiled forward of `model`; compiled on first use for one token, and for several.
+
+    What torch.compile would check before every call, a tenth of a target's forward and a third of
+    a small draft's, is settled here instead: all calls have the same form, the number of tokens,
+    the visible slots and the capacity are left open, and the key names what else can change.
+    Unchecked code must be found by nobody else, so each has a code object of its own.
+    """
+    variants = _COMPILED.setdefault(model, {})
+    one = input_ids.shape[1] == 1
+    key = (one, model.dtype, model.device, model.training)
+    if key in variants:
+        return variants[key](model, input_ids, **inputs)
+    code = _forward.__code__.replace(co_name=f"_forward_{'one' if one else 'several'}")
+    variants[key] = torch.compile(
+        FunctionType(code, _forward.__globals__),
+        dynamic=True,
+        fullgraph=True,
+        options={**_INDUCTOR, "guard_filter_fn": torch.compiler.skip_all_guards_unsafe},
+    )
+    # Two tokens and two heads are not the same two, and stay apart.
+    with torch.fx.experimental._config.patch(use_duck_shape=False):
+        return variants[key](model, input_ids, **inputs)
 
 
 @cache
