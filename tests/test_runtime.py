@@ -11,6 +11,7 @@ from torch import nn
 import dynatree
 from dynatree.errors import DecodeError
 from dynatree.packing import PackedLinear, packed
+from dynatree.runner import ModelRunner
 from dynatree.runtime import Runtime
 
 CPU = torch.device("cpu")
@@ -77,6 +78,22 @@ def test_compiled_on_a_cpu(small_weights_too):
         compiles.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     # Shapes are left open: one graph for one token and one for several, for each model.
     assert compiles[-1] - compiles[0] <= 3
+
+
+@pytest.mark.compiler
+def test_a_compiled_forward_takes_any_number_of_tokens():
+    """Also where the first number equals another size, of the heads or of the visible slots."""
+    model = build("gpt_neox", layers=1, num_attention_heads=2)
+    eager, compiled = (
+        ModelRunner(model, 200, Runtime(mode, CPU)) for mode in ("eager", "compiled")
+    )
+    with torch.inference_mode():
+        for runner in (eager, compiled):
+            runner.prefill(prompt(9))
+        for rows, visible in ((2, 64), (4, 64), (64, 128), (3, 128), (1, 64)):
+            slots = torch.arange(9, 9 + rows)
+            inputs = prompt(rows), slots, slots, torch.arange(visible) <= slots[:, None]
+            torch.testing.assert_close(compiled.forward(*inputs), eager.forward(*inputs))
 
 
 def linears(model, kind):

@@ -188,7 +188,7 @@ def _compiled(model: PreTrainedModel, *, input_ids: Tensor, **inputs: Any) -> An
         options={**_INDUCTOR, "guard_filter_fn": torch.compiler.skip_all_guards_unsafe},
     )
     # Two tokens and two heads are not the same two, and stay apart.
-    with torch.fx.experimental._config.patch(use_duck_shape=False):
+    with torch.fx.experimental._config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
         return variants[key](model, input_ids, **inputs)
 
 
