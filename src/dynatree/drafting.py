@@ -39,6 +39,9 @@ class Drafter:
         unread = max(2, 1 + strategy.ngram_tokens)
         self._recent = torch.arange(1 - unread, 1, device=runner.device)
         self._slots = torch.arange(runner.cache.capacity, device=runner.device)
+        # Where tokens are gathered. Forwards are compiled for tokens in tensors made outside of
+        # inference mode, and would be compiled once more for others.
+        self._tokens = torch.zeros(max(grown, unread), dtype=torch.long, device=runner.device)
         self._first_grafted = self._grown.capacity
         self._ngram_accepted = torch.zeros((), dtype=torch.long, device=runner.device)
 
@@ -90,8 +93,9 @@ class Drafter:
             tokens, depths, places = tree.tokens[level], tree.depths[level], slots[level]
             mask = tree.attention_mask(level.start, level.stop, columns)
             if chosen is not None:
-                tokens, depths, places, mask = (
-                    values.index_select(0, chosen) for values in (tokens, depths, places, mask)
+                tokens = self._gathered(tokens, chosen)
+                depths, places, mask = (
+                    values.index_select(0, chosen) for values in (depths, places, mask)
                 )
             logits = runner.forward(tokens, depths + position, places, mask)
             self.forwards += 1
@@ -114,12 +118,15 @@ class Drafter:
         if len(recent) > 2:
             # Of a short text what follows is read instead, which no committed token attends to.
             slots = slots - slots[:1].clamp(max=0)
-        logits = self.runner.forward(
-            history.index_select(0, slots), slots, slots, self._slots[:visible] <= slots[:, None]
-        )
+        tokens = self._gathered(history, slots)
+        mask = self._slots[:visible] <= slots[:, None]
+        logits = self.runner.forward(tokens, slots, slots, mask)
         if len(recent) > 2:
             return logits.index_select(0, position - slots[:1])
         return logits[-1:]
+
+    def _gathered(self, tokens: Tensor, indices: Tensor) -> Tensor:
+        return torch.index_select(tokens, 0, indices, out=self._tokens[: len(indices)])
 
     def _extend(
         self,
