@@ -113,7 +113,7 @@ def draft_level(decoder: Decoder, width: int, context: int) -> tuple[Any, Callab
         )
         # The next level is grown again, over the last time's.
         tree.size = nodes.stop
-        drafter._extend(tree, nodes, logits, 2 * width, depth + 1)
+        drafter._extend(nodes, None, tree.log_probs[nodes], logits, 2 * width, depth + 1)
 
     return ("draft", width, visible), level
 

@@ -42,6 +42,26 @@ STRATEGIES = {
     "single_path": dynatree.Tree(branch_factor=1),
     "depth1": dynatree.Tree(depth=1),
     "small_budget": dynatree.Tree(depth=4, branch_factor=3, prune_threshold=0.0, node_budget=5),
+    "dynamic": dynatree.DynamicTree(),
+    "dynamic_breadth": dynatree.DynamicTree(
+        d_base=4, d_max=4, rho_stop=0.0, prune_threshold=0.0, node_budget=30, history=False
+    ),
+    "dynamic_depth": dynatree.DynamicTree(
+        d_base=2, d_max=6, b_min=2, b_max=2, prune_threshold=0.0, node_budget=20, history=False
+    ),
+    "history": dynatree.DynamicTree(
+        d_base=3, b_max=2, tau_low=0.1, tau_high=0.3, history_rounds=2, depth_gain=8.0, tau_gain=1.0
+    ),
+    "dynamic_chain": dynatree.DynamicTree(b_min=1, b_mid=1, b_max=1, node_budget=6),
+    "best_first": dynatree.BestFirst(),
+    "best_first_small": dynatree.BestFirst(
+        max_depth=5, node_budget=6, width=2, branch=3, prune_threshold=0.0, step_cost=0.4
+    ),
+    "ngram": dynatree.BestFirst(ngram=True),
+    "ngram_small": dynatree.BestFirst(
+        max_depth=5, node_budget=4, width=2, branch=2, step_cost=0.0, ngram=True
+    ),
+    "ngram_chain": dynatree.BestFirst(max_depth=3, branch=1, prune_threshold=0.0, ngram=True),
 }
 
 DRAFTS = ("random", "equal", "noisy")

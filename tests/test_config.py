@@ -38,7 +38,7 @@ def test_shipped_names_and_strategies():
         "tree_depth1",
         "ar",
     ]
-    assert len(config.measured) == 6
+    assert len(config.measured) == 12
     assert set(config.pairs) >= {"embedded", "pythia"}
     shipped = {name: run.run for name, run in config.configs.items()}
     tree = dynatree.Tree
@@ -52,6 +52,9 @@ def test_shipped_names_and_strategies():
     )
     assert shipped["tree_single_path"] == tree(depth=7, branch_factor=1, prune_threshold=0.05)
     assert shipped["tree_depth1"] == tree(depth=1, branch_factor=2, prune_threshold=0.05)
+    assert shipped["dynatree_adaptive"] == dynatree.DynamicTree()
+    assert shipped["best_first"] == dynatree.BestFirst()
+    assert shipped["best_first_ngram"] == dynatree.BestFirst(ngram=True)
 
 
 def test_threshold_one_is_refused_with_the_explanation(data):

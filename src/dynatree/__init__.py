@@ -11,12 +11,14 @@ if TYPE_CHECKING:
     from dynatree.config import Config, load_config
     from dynatree.decode import Decoder, Generation, Stats, custom_generate, generate
     from dynatree.pairs import Pair, load_pair
-    from dynatree.strategies import Autoregressive, Linear, Tree
+    from dynatree.strategies import Autoregressive, BestFirst, DynamicTree, Linear, Tree
 
 _HOME = {
     "Autoregressive": "dynatree.strategies",
+    "BestFirst": "dynatree.strategies",
     "Config": "dynatree.config",
     "Decoder": "dynatree.decode",
+    "DynamicTree": "dynatree.strategies",
     "Generation": "dynatree.decode",
     "Linear": "dynatree.strategies",
     "Pair": "dynatree.pairs",
@@ -30,8 +32,10 @@ _HOME = {
 
 __all__ = [
     "Autoregressive",
+    "BestFirst",
     "Config",
     "Decoder",
+    "DynamicTree",
     "Generation",
     "Linear",
     "Pair",

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -122,7 +122,8 @@ class Decoder:
         self._root = DraftTree(1, device)
         self._tree = self._root
         self._position = torch.zeros(1, dtype=torch.long, device=device)
-        self._recent = torch.zeros(2, dtype=torch.long, device=device)
+        # All committed tokens by position; what lies beyond `position` means nothing.
+        self._history = torch.zeros(slots, dtype=torch.long, device=device)
         self._choices = torch.zeros(self._most_rows, dtype=torch.long, device=device)
         self._report = Report(longest, device)
         self._streams = 0
@@ -217,8 +218,7 @@ class Decoder:
             if end is not None:
                 chunk = chunk[: end + 1]
                 if stats.rounds:
-                    last = stats.rounds[-1]
-                    stats.rounds[-1] = replace(last, accepted=min(last.accepted, len(chunk)))
+                    stats.rounds[-1] = stats.rounds[-1].cut(len(chunk))
                 rounds.close()
             yield chunk
             if end is not None:
@@ -284,9 +284,14 @@ class Decoder:
                 tokens = report.tokens[:remaining]
                 bound += len(report.tokens)
                 remaining -= len(tokens)
-                stats.rounds.append(
-                    Round(nodes, depth, accepted=min(len(report.tokens) - 1, len(tokens)))
+                done = Round(
+                    nodes,
+                    depth,
+                    len(report.tokens) - 1,
+                    report.ngram_nodes,
+                    report.ngram_accepted,
                 )
+                stats.rounds.append(done.cut(len(tokens)))
                 clock.mark("other")
                 yield tokens
                 clock.mark("consumer")
@@ -297,10 +302,10 @@ class Decoder:
     def _prefill(self, prompt: Tensor) -> None:
         choices = self._choose(self._target.prefill(prompt))
         if self._drafter is not None:
-            self._drafter.runner.prefill(prompt)
+            self._drafter.prefill(prompt)
         self._position.fill_(len(prompt))
-        self._recent[:1] = prompt[-1:]
-        self._recent[1:] = choices
+        self._history[: len(prompt)] = prompt
+        self._history[len(prompt)] = choices[0]
         self._root.plant(choices)
         self._tree = self._root
         self._report.committed(choices, torch.ones_like(choices))
@@ -330,7 +335,7 @@ class Decoder:
 
     def _grow_phase(self, depth: int, visible: int) -> None:
         assert self._drafter is not None
-        self._tree = self._drafter.grow(self._recent, self._position, depth, visible)
+        self._tree = self._drafter.grow(self._history, self._position, depth, visible)
         self._report.grown(self._tree)
 
     def _verify(self, nodes: int, bound: int) -> None:
@@ -358,16 +363,21 @@ class Decoder:
     def _commit_phase(self, rows: int) -> None:
         tree, position = self._tree, self._position
         accepted = accept_greedy(tree, self._choices[:rows], self._longest)
-        if self._drafter is not None and self.strategy.max_children > 1 and rows > 1:
-            # The path of a chain is where it belongs already.
-            destinations = tree.indices[: len(accepted.path)] + position
-            self._target.cache.gather(accepted.path + position, destinations)
-            self._drafter.keep(accepted.path, position, destinations)
-        recent = torch.cat((self._recent[1:], accepted.tokens))
-        last = self._root.indices[:2] + accepted.count - 1
-        self._recent.copy_(recent[last])
-        self._root.plant(self._recent[1:])
+        path, drafter = accepted.path, self._drafter
+        # A chain that the draft gave is where it belongs already.
+        moves = self.strategy.max_children > 1 or self.strategy.ngram_tokens > 0
+        if drafter is not None and moves and rows > 1:
+            destinations = tree.indices[: len(path)] + position
+            self._target.cache.gather(path + position, destinations)
+            drafter.keep(path, position, destinations)
+        if drafter is not None:
+            drafter.learn(accepted.count - 1, tree)
+            if self.strategy.ngram_tokens > 0:
+                self._report.grafted(*drafter.grafted(path, accepted.count, rows))
+        places = tree.indices[1 : len(path) + 1] + position
+        self._history.index_copy_(0, places, accepted.tokens)
         position += accepted.count
+        self._root.plant(self._history.index_select(0, position))
         self._report.committed(accepted.tokens, accepted.count)
 
 

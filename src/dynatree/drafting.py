@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from dynatree.ngram import CONFIDENCE, continuation
 from dynatree.runner import ModelRunner
 from dynatree.runtime import Runtime
 from dynatree.strategies import StrategyBase
@@ -24,30 +25,47 @@ class Drafter:
         self.forwards = 0
         self._trim = not runtime.static
         self._widths = strategy.widths
+        self._limits = [strategy.max_expanded(depth + 1) for depth in range(len(self._widths))]
+        self._initial = torch.tensor(strategy.initial_state, device=runner.device)
+        self._state = self._initial.clone()
         grown, kept = 1 + strategy.max_drafted, 1 + strategy.max_nodes
         self._grown = DraftTree(grown, runner.device)
         # Dead nodes and nodes over the budget are left out before the target reads the tree.
-        self._selects = grown > kept or (runtime.static and strategy.min_log_prob > -math.inf)
+        self._selects = grown > kept or (runtime.static and strategy.varies)
         self._kept = DraftTree(min(grown, kept), runner.device)
         self._origins = torch.full_like(self._kept.tokens, self._grown.capacity)
-        self._recent = torch.tensor([-1, 0], device=runner.device)
+        # Committed tokens that the draft may not have read: the root, before it an accepted leaf,
+        # and before that what an n-gram gave. The offsets of their slots from the root's.
+        unread = max(2, 1 + strategy.ngram_tokens)
+        self._recent = torch.arange(1 - unread, 1, device=runner.device)
+        self._slots = torch.arange(runner.cache.capacity, device=runner.device)
+        # Where tokens are gathered. Forwards are compiled for tokens in tensors made outside of
+        # inference mode, and would be compiled once more for others.
+        self._tokens = torch.zeros(max(grown, unread), dtype=torch.long, device=runner.device)
+        self._first_grafted = self._grown.capacity
+        self._ngram_accepted = torch.zeros((), dtype=torch.long, device=runner.device)
 
     @property
     def varies(self) -> bool:
         """Whether the size of the tree to verify depends on what the draft says."""
-        return self._trim or self.strategy.min_log_prob > -math.inf
+        return self._trim or self.strategy.varies
 
     @property
     def span(self) -> int:
         """Slots after the root's that a tree may use."""
         return self._grown.capacity
 
-    def grow(self, recent: Tensor, position: Tensor, max_depth: int, visible: int) -> DraftTree:
+    def prefill(self, prompt: Tensor) -> None:
+        """Reads `prompt` [n]; what was learnt of another sequence is forgotten."""
+        self.runner.prefill(prompt)
+        self._state.copy_(self._initial)
+        self._ngram_accepted.zero_()
+
+    def grow(self, history: Tensor, position: Tensor, max_depth: int, visible: int) -> DraftTree:
         """Grows a tree from the last committed token.
 
         Args:
-            recent: [2] int64, the last two committed tokens; the second is the root. The first
-                is read again, at no cost, because a drafted leaf that was accepted never was.
+            history: int64, the committed tokens by position; the last of them is the root.
             position: [1] int64, the root's position, and its slot.
             max_depth: levels to grow at most (at least 1).
             visible: KV slots that hold all committed tokens and the tree.
@@ -59,43 +77,87 @@ class Drafter:
         runner, tree = self.runner, self._grown
         columns = tree.columns(visible, position)
         slots = tree.indices + position
-        recent_slots = position + self._recent
-        logits = runner.forward(
-            recent, recent_slots, recent_slots, columns <= self._recent[:, None] + 1
-        )[1:]
+        logits = self._read(history, position, visible)
         self.forwards = 1
-        tree.plant(recent[1:])
-        start = 0
+        tree.plant(history.index_select(0, position))
+        level, chosen, log_probs = slice(0, 1), None, tree.log_probs[:1]
         for depth, width in enumerate(self._widths[:max_depth], start=1):
-            stop = tree.size
-            self._extend(tree, slice(start, stop), logits, width, depth)
-            start, stop = stop, tree.size
-            if start == stop or depth == max_depth:
+            start = tree.size
+            self._extend(level, chosen, log_probs, logits, width, depth)
+            level = slice(start, tree.size)
+            if start == tree.size or depth == max_depth:
                 break
-            logits = runner.forward(
-                tree.tokens[start:stop],
-                tree.depths[start:stop] + position,
-                slots[start:stop],
-                tree.attention_mask(start, stop, columns),
-            )
+            chosen, log_probs = self._expanded(level, depth)
+            if len(log_probs) == 0:
+                break
+            tokens, depths, places = tree.tokens[level], tree.depths[level], slots[level]
+            mask = tree.attention_mask(level.start, level.stop, columns)
+            if chosen is not None:
+                tokens = self._gathered(tokens, chosen)
+                depths, places, mask = (
+                    values.index_select(0, chosen) for values in (depths, places, mask)
+                )
+            logits = runner.forward(tokens, depths + position, places, mask)
             self.forwards += 1
+        if self.strategy.ngram_tokens > 0:
+            self._graft(history[:visible], position, min(self.strategy.ngram_tokens, max_depth))
         return self._select()
 
+    def _read(self, history: Tensor, position: Tensor, visible: int) -> Tensor:
+        """Reads the committed tokens that the draft has not read.
+
+        Where their number is not known, as many are read as there can be: some are read again.
+
+        Returns:
+            Logits [1, vocabulary] after the last of them.
+        """
+        recent = self._recent
+        if self._trim and len(recent) > 2:
+            recent = recent[-2 - int(self._ngram_accepted) :]
+        slots = recent + position
+        if len(recent) > 2:
+            # Of a short text what follows is read instead, which no committed token attends to.
+            slots = slots - slots[:1].clamp(max=0)
+        tokens = self._gathered(history, slots)
+        mask = self._slots[:visible] <= slots[:, None]
+        logits = self.runner.forward(tokens, slots, slots, mask)
+        if len(recent) > 2:
+            return logits.index_select(0, position - slots[:1])
+        return logits[-1:]
+
+    def _gathered(self, tokens: Tensor, indices: Tensor) -> Tensor:
+        return torch.index_select(tokens, 0, indices, out=self._tokens[: len(indices)])
+
     def _extend(
-        self, tree: DraftTree, level: slice, logits: Tensor, width: int, depth: int
+        self,
+        level: slice,
+        chosen: Tensor | None,
+        parent_log_probs: Tensor,
+        logits: Tensor,
+        width: int,
+        depth: int,
     ) -> None:
-        """Adds level `depth`: children of the nodes of `level`, whose logits are [w, vocabulary].
+        """Adds level `depth`: children of the `chosen` [w] nodes of `level`, or of all of them.
 
         A NaN is neither below a threshold nor dead: it stays in the tree, and is found there.
+
+        Args:
+            parent_log_probs: [w] cumulative; that of a node that is not expanded is minus infinity.
+            logits: [w, vocabulary].
         """
-        strategy = self.strategy
+        tree, strategy = self._grown, self.strategy
         children = min(strategy.max_children, logits.shape[-1])
         log_probs, tokens = torch.log_softmax(logits.float(), dim=-1).topk(children, dim=-1)
-        log_probs = (log_probs + tree.log_probs[level, None]).view(-1)
-        tokens = tokens.view(-1)
+        kept = strategy.keeps(log_probs, tree.indices[:children], self._state)
+        log_probs = log_probs + parent_log_probs[:, None]
+        if kept is not None:
+            log_probs = log_probs.masked_fill(~kept, -math.inf)
+        log_probs, tokens = log_probs.view(-1), tokens.view(-1)
         dead: Tensor | None = None
         if strategy.min_log_prob > -math.inf:
             dead = log_probs < strategy.min_log_prob
+        elif kept is not None:
+            dead = log_probs == -math.inf
         if tree.size + len(log_probs) > 1 + strategy.max_nodes:
             # What a final selection would drop is not grown any further.
             known = torch.cat((tree.log_probs[: tree.size], log_probs))
@@ -111,7 +173,44 @@ class Drafter:
         if dead is not None:
             log_probs, tokens = log_probs.index_select(0, nodes), tokens.index_select(0, nodes)
         parents = nodes if children == 1 else nodes.div(children, rounding_mode="floor")
+        if chosen is not None:
+            parents = chosen.index_select(0, parents)
         tree.extend(parents + level.start, tokens, log_probs, depth)
+
+    def _expanded(self, level: slice, depth: int) -> tuple[Tensor | None, Tensor]:
+        """Which nodes of `level`, at `depth`, the draft reads.
+
+        Returns:
+            [w] indices into the level, None for all of it, and their log-probabilities [w]: minus
+            infinity where a node is read only to fill a static shape.
+        """
+        log_probs = self._grown.log_probs[level]
+        limit = self._limits[depth - 1]
+        rule = self.strategy.expands(log_probs, depth, self._state)
+        if rule is not None and self._trim:
+            chosen = rule.nonzero().view(-1)
+            if len(chosen) > limit:
+                best = log_probs.index_select(0, chosen).topk(limit).indices
+                chosen = chosen.index_select(0, best).sort().values
+            return chosen, log_probs.index_select(0, chosen)
+        if rule is not None:
+            log_probs = log_probs.masked_fill(~rule, -math.inf)
+        if len(log_probs) <= limit:
+            return None, log_probs
+        chosen = log_probs.topk(limit).indices.sort().values
+        return chosen, log_probs.index_select(0, chosen)
+
+    def _graft(self, history: Tensor, position: Tensor, count: int) -> None:
+        """Adds what followed an earlier occurrence of the last tokens, up to `count` of them."""
+        tree = self._grown
+        self._first_grafted = tree.size
+        tokens, found = continuation(history, position, count)
+        if self._trim and not found:
+            return
+        log_probs = tree.indices[1 : count + 1] * math.log(CONFIDENCE)
+        along = tree.along(tokens)
+        first = int(along.sum()) if self._trim else 1
+        tree.graft(tokens, log_probs.masked_fill(~found, -math.inf), along, first)
 
     def _select(self) -> DraftTree:
         grown = self._grown
@@ -121,6 +220,21 @@ class Drafter:
         nodes = self._kept.take(grown, 1 + self.strategy.max_nodes)
         self._origins[: len(nodes)] = nodes
         return self._kept
+
+    def grafted(self, path: Tensor, count: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        """How many of the first `rows` nodes of the verified tree were grafted, and how many of
+        those are among the first `count` [1] of `path` [m]; remembers that they were not read."""
+        origins = self._origins[:rows]
+        grafted = (origins >= self._first_grafted) & (origins < self._grown.capacity)
+        walked = grafted.index_select(0, path) & (self._grown.indices[: len(path)] < count)
+        self._ngram_accepted.copy_(walked.sum())
+        return grafted.sum(), self._ngram_accepted
+
+    def learn(self, accepted: Tensor, tree: DraftTree) -> None:
+        """Tells the strategy that `accepted` [1] nodes of the verified `tree` were accepted."""
+        if len(self._state) > 0:
+            offered = tree.depths[: tree.size].max(dim=0, keepdim=True).values
+            self._state.copy_(self.strategy.adapted(self._state, accepted, offered))
 
     def keep(self, path: Tensor, position: Tensor, destinations: Tensor) -> None:
         """Moves the KV entries of the nodes `path` [m] of the verified tree to `destinations`."""

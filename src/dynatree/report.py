@@ -1,7 +1,7 @@
 """What the host learns of a round: one small tensor, read once."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,11 +12,27 @@ from dynatree.tree import DraftTree
 
 @dataclass(frozen=True)
 class Round:
-    """What one round did: draft nodes verified, depth of the deepest, draft tokens committed."""
+    """What one round did.
+
+    Attributes:
+        nodes: draft nodes verified.
+        depth: depth of the deepest.
+        accepted: draft tokens committed.
+        ngram_nodes: nodes that an n-gram gave and the draft model did not.
+        ngram_accepted: tokens committed of these; they are the last ones of `accepted`.
+    """
 
     nodes: int
     depth: int
     accepted: int
+    ngram_nodes: int = 0
+    ngram_accepted: int = 0
+
+    def cut(self, tokens: int) -> "Round":
+        """The round if no more than `tokens` of its tokens are wanted."""
+        accepted = min(self.accepted, tokens)
+        ngram = max(0, self.ngram_accepted - (self.accepted - accepted))
+        return replace(self, accepted=accepted, ngram_accepted=ngram)
 
 
 @dataclass(frozen=True)
@@ -27,23 +43,27 @@ class Reading:
         tokens: committed by the last verification (or the prefill), the bonus token included.
         nodes: draft nodes of the tree that waits for verification.
         depth: depth of its deepest node.
+        ngram_nodes: grafted nodes of the tree that was verified.
+        ngram_accepted: committed nodes of these.
     """
 
     tokens: list[int]
     nodes: int
     depth: int
+    ngram_nodes: int
+    ngram_accepted: int
 
 
 class Report:
     """A tensor on the device that the phases of a round write their outcome to.
 
     Layout: tokens [longest], their count, NaN in the target's logits, NaN in the draft's, nodes
-    and depth of the tree to verify next.
+    and depth of the tree to verify next, grafted nodes and how many of them were accepted.
     """
 
     def __init__(self, longest: int, device: torch.device) -> None:
         self._longest = longest
-        self._values = torch.zeros(longest + 5, dtype=torch.long, device=device)
+        self._values = torch.zeros(longest + 7, dtype=torch.long, device=device)
         # Where a copy from a CUDA device lands without a detour.
         self._host = torch.zeros_like(self._values, device="cpu", pin_memory=device.type == "cuda")
 
@@ -51,6 +71,11 @@ class Report:
         """Notes that the first `count` [1] of `tokens` [m] were committed."""
         self._values[: len(tokens)] = tokens
         self._values[self._longest : self._longest + 1] = count
+
+    def grafted(self, nodes: Tensor, accepted: Tensor) -> None:
+        """Notes that the verified tree had `nodes` [] grafted ones, `accepted` [] of them good."""
+        self._values[self._longest + 5] = nodes
+        self._values[self._longest + 6] = accepted
 
     def chosen(self, best: Tensor) -> None:
         """Notes whether the target's largest logits `best` [n] hold a NaN."""
@@ -70,10 +95,10 @@ class Report:
             DecodeError: the logits of a model hold a NaN.
         """
         values = self._host.copy_(self._values).tolist()
-        count, *unsound, nodes, depth = values[self._longest :]
+        count, *unsound, nodes, depth, ngram_nodes, ngram_accepted = values[self._longest :]
         for role, found in zip(("target", "draft"), unsound, strict=True):
             if found:
                 raise DecodeError(
                     f"the {role} model's logits hold a NaN; check its weights and dtype"
                 )
-        return Reading(values[:count], nodes, depth)
+        return Reading(values[:count], nodes, depth, ngram_nodes, ngram_accepted)

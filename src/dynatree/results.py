@@ -9,6 +9,8 @@ from pydantic import (
     NonNegativeFloat,
     NonNegativeInt,
     PositiveInt,
+    SerializerFunctionWrapHandler,
+    model_serializer,
     model_validator,
 )
 
@@ -22,11 +24,17 @@ Method = Literal["autoregressive", "strategy"]
 
 
 class RoundRecord(Fact):
-    """One verification: draft nodes verified, depth of the deepest, draft tokens committed."""
+    """One verification: draft nodes verified, depth of the deepest, draft tokens committed.
+
+    `ngram_nodes` are the nodes that an n-gram gave and the draft model did not, `ngram_accepted`
+    the tokens committed of these. Where there are none, the file does not mention them.
+    """
 
     nodes: NonNegativeInt
     depth: NonNegativeInt
     accepted: NonNegativeInt
+    ngram_nodes: NonNegativeInt = 0
+    ngram_accepted: NonNegativeInt = 0
 
     @model_validator(mode="after")
     def _accepts_what_was_offered(self) -> Self:
@@ -34,7 +42,24 @@ class RoundRecord(Fact):
             raise ValueError(
                 f"accepted {self.accepted} <= depth {self.depth} <= nodes {self.nodes} must hold"
             )
+        if not (
+            self.ngram_nodes <= self.nodes
+            and self.ngram_accepted <= min(self.accepted, self.ngram_nodes)
+        ):
+            raise ValueError(
+                f"ngram_accepted {self.ngram_accepted} <= ngram_nodes {self.ngram_nodes} <= nodes "
+                f"{self.nodes} and ngram_accepted <= accepted {self.accepted} must hold"
+            )
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # A record of a strategy without n-grams has the digest that it had before there were any.
+        return {
+            key: value
+            for key, value in serialise(self).items()
+            if value or not key.startswith("ngram_")
+        }
 
 
 class RunRecord(Fact):
@@ -118,6 +143,8 @@ class Totals(Fact):
     Attributes:
         tokens: new tokens, `rounds` of which are bonus tokens of a verification.
         tokens_per_round: tokens committed by rounds (the prefill's token left out) per round.
+        ngram_nodes: of `drafted_nodes`, those that an n-gram gave and the draft model did not.
+        ngram_accepted: tokens committed of these.
     """
 
     tokens: PositiveInt
@@ -126,6 +153,8 @@ class Totals(Fact):
     tokens_per_round: NonNegativeFloat
     acceptance_by_depth: list[DepthCount]
     seconds_by_phase: dict[str, NonNegativeFloat]
+    ngram_nodes: NonNegativeInt = 0
+    ngram_accepted: NonNegativeInt = 0
 
 
 class RuntimeFacts(Fact):
@@ -215,6 +244,8 @@ def totals(records: list[RunRecord]) -> Totals:
             for depth in range(1, deepest + 1)
         ],
         seconds_by_phase=phases,
+        ngram_nodes=sum(entry.ngram_nodes for entry in rounds),
+        ngram_accepted=sum(entry.ngram_accepted for entry in rounds),
     )
 
 

@@ -10,11 +10,11 @@ class DraftTree:
     """One round's draft tree in preallocated tensors, whose shapes never depend on their values.
 
     Node 0 is the root: the last committed token, which no model has to agree with any more.
-    Nodes are in breadth-first order, so a parent always has a smaller index than its children
-    and every level is a contiguous slice. A node whose log-probability is minus infinity is dead:
-    it keeps its place, so that shapes stay fixed, until a selection leaves it out. All tensors
-    have `capacity + 1` rows; those from `size` on, the last one in particular, pad selections:
-    they are dead, and nobody's ancestors.
+    A parent always has a smaller index than its children. Drafted nodes are in breadth-first order,
+    so every level is a contiguous slice, and grafted ones (see `graft`) come after them. A node
+    whose log-probability is minus infinity is dead: it keeps its place, so that shapes stay fixed,
+    until a selection leaves it out. All tensors have `capacity + 1` rows; those from `size` on, the
+    last one in particular, pad selections: they are dead, and nobody's ancestors.
 
     Attributes:
         capacity: most nodes that the tree holds, the root included.
@@ -59,6 +59,49 @@ class DraftTree:
         self.log_probs[level] = log_probs
         self.ancestors[level] = self.ancestors.index_select(0, parents)
         self.ancestors[level, level].fill_diagonal_(True)
+        self.size = level.stop
+
+    def along(self, tokens: Tensor) -> Tensor:
+        """Which nodes lie on the path that spells `tokens` [m]; no node is deeper than m.
+
+        Returns:
+            [size] bool; the root is one of them.
+        """
+        size = self.size
+        spelt = torch.cat((self.tokens[:1], tokens))
+        differs = spelt.index_select(0, self.depths[:size]) != self.tokens[:size]
+        living = self.log_probs[:size] != -math.inf
+        return living & ~(self.ancestors[:size, :size] & differs).any(dim=-1)
+
+    def graft(self, tokens: Tensor, log_probs: Tensor, along: Tensor, first: int) -> None:
+        """Adds the path that spells `tokens` from the root, as far as the tree lacks it.
+
+        Nodes that it has become as probable as the path, if they were less. Rows of the levels
+        `first` to m are appended, so the order is no longer breadth-first, and those of levels that
+        the tree has already are dead.
+
+        Args:
+            tokens: [m] int64.
+            log_probs: [m] float32, cumulative, falling; minus infinity grafts nothing.
+            along: [size] bool, what `along` says of `tokens`.
+            first: 1, or the level of the first lacking node where the host knows it.
+        """
+        size, steps = self.size, self.indices[1 : len(tokens) + 1]
+        # The path that is there is of one node per level, and its last node is the deepest.
+        held = along.sum(dim=0, keepdim=True)
+        deepest = (along * self.indices[:size]).max(dim=0, keepdim=True).values
+        known = torch.cat((self.log_probs[:1], log_probs)).index_select(0, self.depths[:size])
+        known = torch.maximum(known, self.log_probs[:size])
+        self.log_probs[:size] = torch.where(along, known, self.log_probs[:size])
+
+        steps = steps[first - 1 :]
+        level = slice(size, size + len(steps))
+        self.tokens[level] = tokens[first - 1 :]
+        self.depths[level] = steps
+        self.parents[level] = torch.where(steps > held, steps + (size - first - 1), deepest)
+        self.log_probs[level] = log_probs[first - 1 :].masked_fill(steps < held, -math.inf)
+        self.ancestors[level] = self.ancestors.index_select(0, deepest)
+        self.ancestors[level, level] = (steps[:, None] >= steps) & (steps >= held)
         self.size = level.stop
 
     def take(self, grown: "DraftTree", count: int) -> Tensor:
