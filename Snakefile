@@ -1,5 +1,5 @@
-# From config.yaml to paper/ablation.tex: train the embedded pair if it is the one in use, measure
-# every configuration that a table needs, one GPU job each, aggregate, render.
+# From config.yaml to a section of the paper: train the embedded pair if it is the one in use, measure
+# every configuration that its tables need, one GPU job each, aggregate, render.
 
 from snakemake.utils import min_version
 
@@ -18,8 +18,8 @@ include: "rules/paper.smk"
 localrules:
     all,
     aggregate,
-    ablation_table,
-    ablation_figure,
+    section_text,
+    section_figure,
     paper,
 
 
@@ -27,6 +27,6 @@ localrules:
 rule all:
     default_target: True
     input:
-        RUNS,
-        "paper/ablation.tex",
-        "paper/figures/ablation.pdf",
+        section_runs(SECTIONS[0]),
+        f"paper/{SECTIONS[0]}.tex",
+        f"paper/figures/{SECTIONS[0]}.pdf",

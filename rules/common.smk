@@ -13,7 +13,22 @@ except ConfigError as error:
     raise WorkflowError(str(error)) from None
 
 PAIR_FOLDER = f"results/pairs/{STUDY.pair}"
-RUNS = [f"results/runs/{STUDY.pair}/{name}.json" for name in STUDY.measured]
+SECTIONS = list(STUDY.sections)
+
+
+wildcard_constraints:
+    section="|".join(SECTIONS),
+
+
+def section_runs(section):
+    """The results that the tables of a section need."""
+    names = STUDY.section(section).measured
+    return [f"results/runs/{STUDY.pair}/{name}.json" for name in names]
+
+
+def section_study(wildcards):
+    """All that a section of the paper depends on, as one string."""
+    return STUDY.section(wildcards.section).canonical()
 
 
 # A trained pair is an input of every measurement; downloaded and local models are not built here.
@@ -34,6 +49,13 @@ TRAINING = (
     if PAIR_FILES
     else []
 )
+MEASURING = ["scripts/measure.py", *imported_sources("scripts/measure.py")]
+AGGREGATING = [
+    "scripts/aggregate.py",
+    *imported_sources("scripts/aggregate.py"),
+    *MEASURING,
+    *TRAINING,
+]
 
 
 def run_spec(wildcards):

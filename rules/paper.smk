@@ -7,59 +7,61 @@ rule aggregate:
     input:
         script="scripts/aggregate.py",
         sources=imported_sources("scripts/aggregate.py"),
-        measured_by=["scripts/measure.py", *imported_sources("scripts/measure.py")],
+        measured_by=MEASURING,
         trained_by=TRAINING,
-        runs=RUNS,
+        runs=lambda wildcards: section_runs(wildcards.section),
     output:
-        json="results/ablation.json",
-        csv="results/ablation.csv",
+        json="results/{section}.json",
+        csv="results/{section}.csv",
     log:
-        "results/logs/aggregate.log",
+        "results/logs/aggregate/{section}.log",
     conda:
         "../envs/dynatree.yaml"
     params:
-        study=STUDY.canonical(),
+        study=section_study,
         source_digest=source_digest(PACKAGE / "measure.py"),
     shell:
         "python {input.script} --config {params.study:q} --source-digest {params.source_digest} "
         "--results results/runs --json {output.json} --csv {output.csv} 2>&1 | tee {log}"
 
 
-rule ablation_table:
+rule section_text:
     input:
         script="scripts/render_table.py",
         sources=imported_sources("scripts/render_table.py"),
         template="paper/templates/ablation.tex.j2",
         ablation=rules.aggregate.output.json,
-        aggregated_from=rules.aggregate.input,
+        aggregated_by=AGGREGATING,
+        runs=lambda wildcards: section_runs(wildcards.section),
     output:
-        "paper/ablation.tex",
+        "paper/{section}.tex",
     log:
-        "results/logs/ablation_table.log",
+        "results/logs/section_text/{section}.log",
     conda:
         "../envs/dynatree.yaml"
     params:
-        study=STUDY.canonical(),
+        study=section_study,
     shell:
         "python {input.script} --ablation {input.ablation} --template {input.template} "
         "--out {output} 2>&1 | tee {log}"
 
 
-rule ablation_figure:
+rule section_figure:
     input:
         script="scripts/draw_figure.py",
         sources=imported_sources("scripts/draw_figure.py"),
         ablation=rules.aggregate.output.json,
-        aggregated_from=rules.aggregate.input,
+        aggregated_by=AGGREGATING,
+        runs=lambda wildcards: section_runs(wildcards.section),
     output:
-        pdf="paper/figures/ablation.pdf",
-        png="paper/figures/ablation.png",
+        pdf="paper/figures/{section}.pdf",
+        png="paper/figures/{section}.png",
     log:
-        "results/logs/ablation_figure.log",
+        "results/logs/section_figure/{section}.log",
     conda:
         "../envs/dynatree.yaml"
     params:
-        study=STUDY.canonical(),
+        study=section_study,
     shell:
         "python {input.script} --ablation {input.ablation} --pdf {output.pdf} --png {output.png} "
         "2>&1 | tee {log}"
@@ -68,8 +70,8 @@ rule ablation_figure:
 rule paper:
     input:
         main="paper/main.tex",
-        table=rules.ablation_table.output,
-        figure=rules.ablation_figure.output.pdf,
+        table=expand(rules.section_text.output, section=SECTIONS),
+        figure=expand(rules.section_figure.output.pdf, section=SECTIONS),
     output:
         "paper/main.pdf",
     log:

@@ -251,6 +251,16 @@ class Config(Section):
     measure: Measure
     configs: Annotated[dict[Name, RunConfig], Field(min_length=1)]
     tables: Annotated[dict[Name, Annotated[list[Name], Field(min_length=1)]], Field(min_length=1)]
+    # Each is one file of the paper with these tables; the first is what `snakemake` makes.
+    sections: dict[Name, Annotated[list[Name], Field(min_length=1)]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_section_by_default(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and not data.get("sections"):
+            tables = data.get("tables")
+            return {**data, "sections": {"ablation": list(tables or {"": None})}}
+        return data
 
     @model_validator(mode="after")
     def _names_resolve(self) -> Self:
@@ -269,6 +279,9 @@ class Config(Section):
                 known(f"tables.{table}.{index}", row, self.configs, "configuration")
             for row in sorted({row for row in rows if rows.count(row) > 1}):
                 problems.append(f"tables.{table}: {row!r} is listed twice; remove one")
+        for section, tables in self.sections.items():
+            for index, table in enumerate(tables):
+                known(f"sections.{section}.{index}", table, self.tables, "table")
         for name, spec in self.pairs.items():
             try:
                 measure = self._measure_for(spec)
@@ -311,6 +324,11 @@ class Config(Section):
         """Every configuration that some table needs, once each, in order of first use."""
         return list(dict.fromkeys(name for rows in self.tables.values() for name in rows))
 
+    def section(self, name: str) -> "Config":
+        """The configuration with the tables of section `name` alone."""
+        tables = {table: self.tables[table] for table in self.sections[name]}
+        return self.model_copy(update={"tables": tables, "sections": {name: self.sections[name]}})
+
     def overrides(self, name: str) -> dict[str, Any]:
         """The strategy values that the pair in use changes for configuration `name`."""
         return self.pair_spec.strategies.get(name, {})
@@ -322,6 +340,7 @@ class Config(Section):
         """
         data = json.loads(canonical(self.model_dump(mode="json")))
         data["tables"] = self.tables
+        data["sections"] = self.sections
         return json.dumps(data, separators=(",", ":"))
 
     def strategy(self, name: str) -> StrategyBase:
