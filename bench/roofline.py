@@ -127,7 +127,7 @@ def steps(setting: Setting, prompt: Tensor) -> tuple[dict[str, Step], dict[str, 
     assert drafter is not None
     with torch.inference_mode():
         # The nodes to verify.
-        full._grow_phase(FULL.max_depth, full.runtime.visible(context + drafter.span))
+        full._grow_phase(0, FULL.max_depth, full.runtime.visible(context + drafter.span))
     phases = {
         "one token": ("target", 1, alone, verification(alone, 1, context)),
         **{

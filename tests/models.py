@@ -61,6 +61,7 @@ STRATEGIES = {
     "ngram_small": dynatree.BestFirst(
         max_depth=5, node_budget=4, width=2, branch=2, step_cost=0.0, ngram=True
     ),
+    "auto": dynatree.Auto(),
     "ngram_chain": dynatree.BestFirst(max_depth=3, branch=1, prune_threshold=0.0, ngram=True),
 }
 

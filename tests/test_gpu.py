@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 import dynatree
 from dynatree.cache import SlotCache
+from dynatree.controller import CostModel
 from dynatree.drafting import Drafter
 from dynatree.report import Report
 from dynatree.runtime import SLOT_BUCKETS, Runtime
@@ -474,6 +475,8 @@ def every_phase_on_meta(family, strategy, runtime):
     with pytest.MonkeyPatch.context() as patch:
         # No memory, nothing to share.
         patch.setattr("dynatree.cache.from_dlpack", lambda part: part)
+        # And no time that passes.
+        patch.setattr(dynatree.Decoder, "_costs", lambda self: CostModel((1.0,) * 9, (1,), (1.0,)))
         decoder.prepare()
     return runtime.preparation.graphs
 

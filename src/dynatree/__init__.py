@@ -11,9 +11,10 @@ if TYPE_CHECKING:
     from dynatree.config import Config, load_config
     from dynatree.decode import Decoder, Generation, Stats, custom_generate, generate
     from dynatree.pairs import Pair, load_pair
-    from dynatree.strategies import Autoregressive, BestFirst, DynamicTree, Linear, Tree
+    from dynatree.strategies import Auto, Autoregressive, BestFirst, DynamicTree, Linear, Tree
 
 _HOME = {
+    "Auto": "dynatree.strategies",
     "Autoregressive": "dynatree.strategies",
     "BestFirst": "dynatree.strategies",
     "Config": "dynatree.config",
@@ -31,6 +32,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Auto",
     "Autoregressive",
     "BestFirst",
     "Config",

@@ -46,3 +46,20 @@ def accept_greedy(tree: DraftTree, choices: Tensor, longest: int) -> Accepted:
     accepted = ancestors.diagonal() & ~(ancestors & refused).any(dim=-1)
     path = torch.where(accepted, tree.indices[:count], count - 1).sort().values[:longest]
     return Accepted(path, choices[path], accepted.sum(dim=0, keepdim=True))
+
+
+def ranks_and_children(tree: DraftTree, path: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Where each node of `path` [m] stands among its siblings, and how many children it has.
+
+    Args:
+        count: rows of the tree that were verified; padding rows are nobody's children.
+
+    Returns:
+        int64 [m] ranks, 0 for the first child and for the root, and int64 [m] children.
+    """
+    living = tree.ancestors[:count, :count].diagonal()
+    parents = torch.where(living, tree.parents[:count], -1)
+    parents[0] = -1
+    siblings = parents.index_select(0, path)[:, None] == parents
+    ranks = (siblings & (tree.indices[:count] < path[:, None])).sum(dim=-1)
+    return ranks, (parents == path[:, None]).sum(dim=-1)

@@ -11,12 +11,13 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
-from dynatree.accept import accept_greedy
+from dynatree.accept import accept_greedy, ranks_and_children
 from dynatree.clock import PhaseClock
 from dynatree.config import RuntimeMode
+from dynatree.controller import Controller, CostModel, measured_once, median_seconds
 from dynatree.drafting import Drafter
 from dynatree.errors import DecodeError
-from dynatree.report import Report, Round
+from dynatree.report import Reading, Report, Round
 from dynatree.runner import ModelRunner
 from dynatree.runtime import Runtime
 from dynatree.strategies import StrategyBase
@@ -30,7 +31,8 @@ class Stats:
     Attributes:
         rounds: one entry per verification, in order.
         target_forwards: prefill and one per round.
-        draft_forwards: prefill and one per drafted level.
+        draft_forwards: prefill, one per drafted level, and one where a draft resumes after
+            rounds without.
         seconds: by phase: `prefill` (both models), `draft`, `verify`, `other` (accepting and
             gathering).
         first_token_seconds: time to first token (TTFT), the prefill of both models included.
@@ -109,6 +111,11 @@ class Decoder:
                     "move both to one device"
                 )
             self._drafter = Drafter(runner, strategy, self.runtime)
+        self._models = (target, draft)
+        # Made by `prepare`, where the strategy chooses among several rules.
+        self._controller: Controller | None = None
+        # Rounds since the draft last read what was committed.
+        self._missed = 0
         for role, model in self._runners():
             if model.context is not None and max_length - 1 > model.context:
                 raise DecodeError(
@@ -144,8 +151,54 @@ class Decoder:
 
         The first sequence does so by itself; call it before, to keep it out of a measurement.
         """
-        if self._prepared or self.runtime.mode == "eager":
-            return
+        if not self._prepared and self.runtime.mode != "eager":
+            self._prepare_phases()
+        self._prepared = True
+        if self._controller is None and len(self.strategy.rules) > 1:
+            self._controller = Controller(self._costs(), self.strategy.rules)
+
+    def _costs(self) -> CostModel:
+        """What the phases cost, measured once per process for these models and this runtime."""
+        target, draft = self._models
+        assert draft is not None
+        key = (self.runtime.mode, self.runtime.static, self.strategy)
+        return measured_once(target, draft, key, self._measure)
+
+    def _measure(self) -> CostModel:
+        """Times the phases in the middle of the longest sequence, on arbitrary text."""
+        rules, device = self.strategy.rules, self._position.device
+        middle = max(1, self.max_length // 2)
+        text = torch.arange(middle, device=device) % self._target.vocab_size
+        stats = Stats()
+        taken = [0] * len(rules)
+
+        def grow(rule: int) -> None:
+            taken[rule] = self._grow(rule, middle, rules[rule].max_depth, stats)
+
+        def verify(nodes: int) -> None:
+            self._verify(nodes, middle)
+            self._commit(nodes)
+
+        drafting = [rule for rule, each in enumerate(rules) if each.max_depth > 0]
+        most = self._most_rows
+        rows = [*(1 << bit for bit in range((most - 1).bit_length())), most]
+        # The trees that are verified are those that were grown last, padded.
+        calls: list[Callable[[], None]] = [partial(verify, count - 1) for count in rows]
+        calls += [partial(grow, rule) for rule in drafting]
+        with torch.inference_mode():
+            self._prefill(text)
+            grow(drafting[-1])
+            seconds = median_seconds(
+                calls,
+                lambda: self._position.fill_(middle - 1),
+                partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None,
+            )
+        steps = [0.0] * len(rules)
+        for rule, each in zip(drafting, seconds[len(rows) :], strict=True):
+            steps[rule] = each / taken[rule]
+        return CostModel.fitted(steps, rows, seconds[: len(rows)])
+
+    def _prepare_phases(self) -> None:
         runtime, drafter = self.runtime, self._drafter
         device = self._position.device
         with torch.inference_mode():
@@ -156,9 +209,14 @@ class Decoder:
             shapes = range(1, self.max_length + self._longest)
             bounds = shapes if runtime.mode == "cudagraph" else shapes[-1:]
             if drafter is not None:
-                depth = self.strategy.max_depth
                 for visible in sorted({runtime.visible(bound + drafter.span) for bound in bounds}):
-                    phases["grow", visible] = partial(self._grow_phase, depth, visible)
+                    for index, rule in enumerate(self.strategy.rules):
+                        if rule.max_depth == 0:
+                            phases["catch_up", visible] = partial(self._catch_up_phase, visible)
+                        if rule.max_depth > 0 or runtime.static:
+                            phases["grow", index, visible] = partial(
+                                self._grow_phase, index, rule.max_depth, visible
+                            )
             most = self._most_rows
             nodes: Iterable[int] = range(most) if runtime.static else {0, most - 1}
             if drafter is not None and not drafter.varies:
@@ -168,7 +226,6 @@ class Decoder:
                     phases["verify", rows, visible] = partial(self._verify_phase, rows, visible)
                 phases["commit", rows] = partial(self._commit_phase, rows)
             runtime.prepare(phases, lambda: self._position.fill_(1))
-        self._prepared = True
 
     def decode(
         self,
@@ -263,12 +320,18 @@ class Decoder:
             yield report.tokens
             clock.mark("consumer")
             grown = False
+            self._missed = 0
+            rule = steps = 0
+            # Done while the device verifies: the next choice is the first to need it.
+            learn: Callable[[], object] = bool
             while remaining > 0:
                 if self._drafter is not None and not grown:
-                    self._grow(bound, remaining - 1, stats)
+                    rule = self._choose_rule(learn)
+                    steps = self._grow(rule, bound, remaining - 1, stats)
                     report = self._report.read()
                     clock.mark("draft")
                 nodes, depth = report.nodes, report.depth
+                verified = partial(self._observe, rule, steps, nodes, remaining)
                 self._verify(nodes, bound)
                 stats.target_forwards += 1
                 clock.mark("verify")
@@ -278,9 +341,11 @@ class Decoder:
                 # one as far as the host can know.
                 grown = ahead and remaining > 1
                 if grown:
-                    self._grow(bound + self._longest, remaining, stats)
+                    rule = self._choose_rule(learn)
+                    steps = self._grow(rule, bound + self._longest, remaining, stats)
                     clock.mark("draft")
                 report = self._report.read()
+                learn = partial(verified, report)
                 tokens = report.tokens[:remaining]
                 bound += len(report.tokens)
                 remaining -= len(tokens)
@@ -317,24 +382,62 @@ class Decoder:
         self._report.chosen(best)
         return choices
 
-    def _grow(self, bound: int, depth: int, stats: Stats) -> None:
-        """Phase 1: a tree from the last committed token, whose position is at most `bound`."""
+    def _choose_rule(self, learn: Callable[[], object]) -> int:
+        """The rule of the next tree, after `learn` told the controller of the last round."""
+        if self._controller is None:
+            return 0
+        learn()
+        return self._controller.choose()
+
+    def _observe(self, rule: int, steps: int, nodes: int, remaining: int, report: Reading) -> None:
+        """Tells the controller how a round went that had to commit `remaining` tokens at most."""
+        assert self._controller is not None
+        self._controller.observe(
+            rule,
+            steps,
+            self._rows(nodes),
+            report.ranks,
+            report.children,
+            report.ngram_accepted,
+            self.runtime.static or remaining > self.strategy.rules[rule].max_depth,
+        )
+
+    def _grow(self, rule: int, bound: int, depth: int, stats: Stats) -> int:
+        """Phase 1: a tree from the last committed token, whose position is at most `bound`.
+
+        Returns:
+            Draft steps that it took.
+        """
         drafter = self._drafter
         assert drafter is not None
         # With static shapes every tree has the strategy's depth, and surplus tokens are cut off.
         # Otherwise no deeper than can be committed: the bonus token takes the last place.
-        depth = self.strategy.max_depth if self.runtime.static else depth
-        depth = min(depth, self.strategy.max_depth)
+        most = self.strategy.rules[rule].max_depth
+        depth = most if self.runtime.static else min(depth, most)
+        visible = self.runtime.visible(bound + drafter.span)
         if depth == 0:
+            self._missed += 1
+        elif self._missed > 0:
+            self.runtime.run(("catch_up", visible), lambda: self._catch_up_phase(visible))
+            self._missed = 0
+            stats.draft_forwards += 1
+        if depth == 0 and not self.runtime.static:
             self._tree = self._root
             self._report.grown(self._root)
-            return
-        visible = self.runtime.visible(bound + drafter.span)
-        self.runtime.run(("grow", visible), lambda: self._grow_phase(depth, visible))
-        stats.draft_forwards += drafter.forwards
+            return 0
+        self.runtime.run(("grow", rule, visible), lambda: self._grow_phase(rule, depth, visible))
+        # A replayed phase leaves the drafter's own count as it is, and takes all steps.
+        steps = depth if self.runtime.static else drafter.forwards
+        stats.draft_forwards += steps
+        return steps
 
-    def _grow_phase(self, depth: int, visible: int) -> None:
+    def _catch_up_phase(self, visible: int) -> None:
         assert self._drafter is not None
+        self._drafter.catch_up(self._history, self._position, visible, self._missed)
+
+    def _grow_phase(self, rule: int, depth: int, visible: int) -> None:
+        assert self._drafter is not None
+        self._drafter.follow(rule)
         self._tree = self._drafter.grow(self._history, self._position, depth, visible)
         self._report.grown(self._tree)
 
@@ -372,6 +475,8 @@ class Decoder:
             drafter.keep(path, position, destinations)
         if drafter is not None:
             drafter.learn(accepted.count - 1, tree)
+            if len(self.strategy.rules) > 1:
+                self._report.ranked(*ranks_and_children(tree, path, rows))
             if self.strategy.ngram_tokens > 0:
                 self._report.grafted(*drafter.grafted(path, accepted.count, rows))
         places = tree.indices[1 : len(path) + 1] + position

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from dynatree.controller import MAX_PAUSE
 from dynatree.ngram import CONFIDENCE, continuation
 from dynatree.runner import ModelRunner
 from dynatree.runtime import Runtime
@@ -24,8 +25,13 @@ class Drafter:
         self.strategy = strategy
         self.forwards = 0
         self._trim = not runtime.static
-        self._widths = strategy.widths
-        self._limits = [strategy.max_expanded(depth + 1) for depth in range(len(self._widths))]
+        self._varies = strategy.varies
+        # Widths and limits are worked out once.
+        self._rules = [
+            (rule, rule.widths, [rule.max_expanded(depth + 1) for depth in range(rule.max_depth)])
+            for rule in strategy.rules
+        ]
+        self.follow(0)
         self._initial = torch.tensor(strategy.initial_state, device=runner.device)
         self._state = self._initial.clone()
         grown, kept = 1 + strategy.max_drafted, 1 + strategy.max_nodes
@@ -38,17 +44,21 @@ class Drafter:
         # and before that what an n-gram gave. The offsets of their slots from the root's.
         unread = max(2, 1 + strategy.ngram_tokens)
         self._recent = torch.arange(1 - unread, 1, device=runner.device)
+        # Those, and what rounds without a draft step left besides.
+        self._missed = torch.arange(1 - unread - MAX_PAUSE, 1, device=runner.device)
         self._slots = torch.arange(runner.cache.capacity, device=runner.device)
         # Where tokens are gathered. Forwards are compiled for tokens in tensors made outside of
         # inference mode, and would be compiled once more for others.
-        self._tokens = torch.zeros(max(grown, unread), dtype=torch.long, device=runner.device)
-        self._first_grafted = self._grown.capacity
+        most = max(grown, len(self._missed))
+        self._tokens = torch.zeros(most, dtype=torch.long, device=runner.device)
+        self._grafts = strategy.ngram_tokens > 0
+        self._first_grafted = torch.full((), grown, device=runner.device)
         self._ngram_accepted = torch.zeros((), dtype=torch.long, device=runner.device)
 
     @property
     def varies(self) -> bool:
         """Whether the size of the tree to verify depends on what the draft says."""
-        return self._trim or self.strategy.varies
+        return self._trim or self._varies
 
     @property
     def span(self) -> int:
@@ -61,13 +71,24 @@ class Drafter:
         self._state.copy_(self._initial)
         self._ngram_accepted.zero_()
 
+    def follow(self, rule: int) -> None:
+        """The next trees grow by the rule of this index among those of the strategy."""
+        self.strategy, self._widths, self._limits = self._rules[rule]
+
+    def catch_up(self, history: Tensor, position: Tensor, visible: int, rounds: int) -> None:
+        """Reads what `rounds` rounds without a draft step, `MAX_PAUSE` at most, left unread."""
+        missed = self._missed
+        if self._trim:
+            missed = missed[-len(self._recent) - rounds :]
+        self._read(history, position, visible, missed)
+
     def grow(self, history: Tensor, position: Tensor, max_depth: int, visible: int) -> DraftTree:
         """Grows a tree from the last committed token.
 
         Args:
             history: int64, the committed tokens by position; the last of them is the root.
             position: [1] int64, the root's position, and its slot.
-            max_depth: levels to grow at most (at least 1).
+            max_depth: levels to grow at most; with static shapes, 0 gives the root alone.
             visible: KV slots that hold all committed tokens and the tree.
 
         Returns:
@@ -75,9 +96,16 @@ class Drafter:
             nodes live.
         """
         runner, tree = self.runner, self._grown
+        if max_depth == 0:
+            # Captured phases find every tree in the same tensors.
+            self._kept.plant(history.index_select(0, position))
+            return self._kept
         columns = tree.columns(visible, position)
         slots = tree.indices + position
-        logits = self._read(history, position, visible)
+        recent = self._recent
+        if self._trim and len(recent) > 2:
+            recent = recent[-2 - int(self._ngram_accepted) :]
+        logits = self._read(history, position, visible, recent)
         self.forwards = 1
         tree.plant(history.index_select(0, position))
         level, chosen, log_probs = slice(0, 1), None, tree.log_probs[:1]
@@ -99,21 +127,23 @@ class Drafter:
                 )
             logits = runner.forward(tokens, depths + position, places, mask)
             self.forwards += 1
+        if self._grafts:
+            self._first_grafted.fill_(tree.size)
         if self.strategy.ngram_tokens > 0:
             self._graft(history[:visible], position, min(self.strategy.ngram_tokens, max_depth))
         return self._select()
 
-    def _read(self, history: Tensor, position: Tensor, visible: int) -> Tensor:
+    def _read(self, history: Tensor, position: Tensor, visible: int, recent: Tensor) -> Tensor:
         """Reads the committed tokens that the draft has not read.
 
         Where their number is not known, as many are read as there can be: some are read again.
 
+        Args:
+            recent: [n] int64, the offsets of their slots from the root's, up to 0.
+
         Returns:
             Logits [1, vocabulary] after the last of them.
         """
-        recent = self._recent
-        if self._trim and len(recent) > 2:
-            recent = recent[-2 - int(self._ngram_accepted) :]
         slots = recent + position
         if len(recent) > 2:
             # Of a short text what follows is read instead, which no committed token attends to.
@@ -203,7 +233,6 @@ class Drafter:
     def _graft(self, history: Tensor, position: Tensor, count: int) -> None:
         """Adds what followed an earlier occurrence of the last tokens, up to `count` of them."""
         tree = self._grown
-        self._first_grafted = tree.size
         tokens, found = continuation(history, position, count)
         if self._trim and not found:
             return

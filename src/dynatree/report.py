@@ -45,6 +45,8 @@ class Reading:
         depth: depth of its deepest node.
         ngram_nodes: grafted nodes of the tree that was verified.
         ngram_accepted: committed nodes of these.
+        ranks: of each accepted node among its siblings, where `Report.ranked` was told.
+        children: of the verified tree's root and of each accepted node, likewise.
     """
 
     tokens: list[int]
@@ -52,18 +54,21 @@ class Reading:
     depth: int
     ngram_nodes: int
     ngram_accepted: int
+    ranks: list[int]
+    children: list[int]
 
 
 class Report:
     """A tensor on the device that the phases of a round write their outcome to.
 
     Layout: tokens [longest], their count, NaN in the target's logits, NaN in the draft's, nodes
-    and depth of the tree to verify next, grafted nodes and how many of them were accepted.
+    and depth of the tree to verify next, grafted nodes and how many of them were accepted, ranks
+    [longest] and numbers of children [longest] along the path.
     """
 
     def __init__(self, longest: int, device: torch.device) -> None:
         self._longest = longest
-        self._values = torch.zeros(longest + 7, dtype=torch.long, device=device)
+        self._values = torch.zeros(3 * longest + 7, dtype=torch.long, device=device)
         # Where a copy from a CUDA device lands without a detour.
         self._host = torch.zeros_like(self._values, device="cpu", pin_memory=device.type == "cuda")
 
@@ -76,6 +81,13 @@ class Report:
         """Notes that the verified tree had `nodes` [] grafted ones, `accepted` [] of them good."""
         self._values[self._longest + 5] = nodes
         self._values[self._longest + 6] = accepted
+
+    def ranked(self, ranks: Tensor, children: Tensor) -> None:
+        """Notes ranks [m] and children [m] of the path: the root, accepted nodes, padding."""
+        start = self._longest + 7
+        self._values[start : start + len(ranks)] = ranks
+        start += self._longest
+        self._values[start : start + len(children)] = children
 
     def chosen(self, best: Tensor) -> None:
         """Notes whether the target's largest logits `best` [n] hold a NaN."""
@@ -95,10 +107,14 @@ class Report:
             DecodeError: the logits of a model hold a NaN.
         """
         values = self._host.copy_(self._values).tolist()
-        count, *unsound, nodes, depth, ngram_nodes, ngram_accepted = values[self._longest :]
+        path = self._longest + 7
+        count, *unsound, nodes, depth, ngram_nodes, ngram_accepted = values[self._longest : path]
         for role, found in zip(("target", "draft"), unsound, strict=True):
             if found:
                 raise DecodeError(
                     f"the {role} model's logits hold a NaN; check its weights and dtype"
                 )
-        return Reading(values[:count], nodes, depth, ngram_nodes, ngram_accepted)
+        ranks, children = values[path : path + count], values[path + self._longest :]
+        return Reading(
+            values[:count], nodes, depth, ngram_nodes, ngram_accepted, ranks[1:], children[:count]
+        )

@@ -12,6 +12,8 @@ read one: on a GPU they are part of a captured graph.
 """
 
 import math
+from collections import Counter
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -63,6 +65,11 @@ class StrategyBase(BaseModel):
     def varies(self) -> bool:
         """Whether the number of nodes depends on what the draft says."""
         return self.min_log_prob > -math.inf
+
+    @property
+    def rules(self) -> "tuple[StrategyBase, ...]":
+        """The rules that rounds are grown by: this one, unless it chooses among others."""
+        return (self,)
 
     def max_expanded(self, depth: int) -> int:
         """Most nodes of level `depth` (1, 2, ...) that are expanded, whatever the draft says."""
@@ -424,7 +431,82 @@ class BestFirst(Budgeted):
         )
 
 
+Candidate = Annotated[Autoregressive | Linear | Tree | BestFirst, Field(discriminator="strategy")]
+"""What `Auto` may choose. `DynamicTree` has a history of its own, which other rounds would blur."""
+
+
+class Auto(StrategyBase):
+    """Each round the candidate that is expected to give most tokens per second; see `Controller`.
+
+    Costs are measured on the models at hand, acceptance is learnt from the rounds. With
+    `Autoregressive` among the candidates, a draft that does not pay is let rest. The default
+    covers chains and trees, and budgets that suit static shapes. What is chosen depends on times,
+    so rounds differ from run to run, and tokens do not.
+    """
+
+    strategy: Literal["auto"] = "auto"
+    # Not strict: a list in YAML, a tuple here, so that the strategy stays hashable.
+    candidates: Annotated[tuple[Candidate, ...], Field(min_length=1, strict=False)] = (
+        Autoregressive(),
+        *(Linear(num_draft_tokens=tokens) for tokens in (2, 4, 6, 8)),
+        *(
+            Tree(depth=8, branch_factor=2, prune_threshold=threshold, node_budget=64)
+            for threshold in (0.02, 0.05)
+        ),
+        BestFirst(),
+        BestFirst(ngram=True),
+    )
+
+    @field_validator("candidates")
+    @classmethod
+    def _some_candidate_drafts(cls, value: tuple[StrategyBase, ...]) -> tuple[StrategyBase, ...]:
+        if all(candidate.max_depth == 0 for candidate in value):
+            raise ValueError(
+                "none of the candidates drafts; add one that does, or use strategy: autoregressive"
+            )
+        return value
+
+    @property
+    def rules(self) -> tuple[StrategyBase, ...]:
+        return self.candidates
+
+    @property
+    def max_depth(self) -> int:
+        return max(candidate.max_depth for candidate in self.candidates)
+
+    @property
+    def max_children(self) -> int:
+        return max(candidate.max_children for candidate in self.candidates)
+
+    @property
+    def max_nodes(self) -> int:
+        return max(candidate.max_nodes for candidate in self.candidates)
+
+    @property
+    def ngram_tokens(self) -> int:
+        return max(candidate.ngram_tokens for candidate in self.candidates)
+
+    @property
+    def varies(self) -> bool:
+        return True
+
+    @property
+    def widths(self) -> list[int]:
+        levels = [candidate.widths for candidate in self.candidates]
+        return [max(widths) for widths in zip_longest(*levels, fillvalue=0)]
+
+    @property
+    def max_drafted(self) -> int:
+        return max(candidate.max_drafted for candidate in self.candidates)
+
+    def describe(self) -> str:
+        kinds = Counter(candidate.strategy for candidate in self.candidates)
+        listed = ", ".join(f"{count} {kind.replace('_', '-')}" for kind, count in kinds.items())
+        return f"per round the best of {listed}"
+
+
 Strategy = Annotated[
-    Autoregressive | Linear | Tree | DynamicTree | BestFirst, Field(discriminator="strategy")
+    Autoregressive | Linear | Tree | DynamicTree | BestFirst | Auto,
+    Field(discriminator="strategy"),
 ]
 """Any strategy; the `strategy` key says which."""

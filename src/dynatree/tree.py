@@ -126,7 +126,8 @@ class DraftTree:
         self.parents[:size] = renumbered[grown.parents[nodes]]
         self.depths[:size] = grown.depths[nodes]
         self.log_probs[:size] = grown.log_probs[nodes]
-        self.ancestors[:size] = False
+        # All rows: the last selection may have been larger, and its rows would pad this one.
+        self.ancestors[:] = False
         self.ancestors[:size, :size] = grown.ancestors[nodes][:, nodes]
         self.size = size
         return nodes
