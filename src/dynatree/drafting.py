@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dynatree.runner import ModelRunner
 from dynatree.runtime import Runtime
+from dynatree.sampling import Sampler
 from dynatree.strategies import StrategyBase
 from dynatree.tree import DraftTree
 
@@ -18,9 +19,16 @@ class Drafter:
         forwards: draft forwards of the last tree.
     """
 
-    def __init__(self, runner: ModelRunner, strategy: StrategyBase, runtime: Runtime) -> None:
+    def __init__(
+        self,
+        runner: ModelRunner,
+        strategy: StrategyBase,
+        runtime: Runtime,
+        sampler: Sampler | None = None,
+    ) -> None:
         self.runner = runner
         self.strategy = strategy
+        self._sampler = sampler
         self.forwards = 0
         self._trim = not runtime.static
         self._widths = strategy.widths
@@ -41,6 +49,11 @@ class Drafter:
     def span(self) -> int:
         """Slots after the root's that a tree may use."""
         return self._grown.capacity
+
+    @property
+    def origins(self) -> Tensor:
+        """int64, the index that each row of the tree to verify had in the tree that was grown."""
+        return self._origins
 
     def grow(self, recent: Tensor, position: Tensor, max_depth: int, visible: int) -> DraftTree:
         """Grows a tree from the last committed token.
@@ -65,6 +78,8 @@ class Drafter:
         )[1:]
         self.forwards = 1
         tree.plant(recent[1:])
+        if self._sampler is not None:
+            self._sampler.plant(position)
         start = 0
         for depth, width in enumerate(self._widths[:max_depth], start=1):
             stop = tree.size
@@ -90,7 +105,12 @@ class Drafter:
         """
         strategy = self.strategy
         children = min(strategy.max_children, logits.shape[-1])
-        log_probs, tokens = torch.log_softmax(logits.float(), dim=-1).topk(children, dim=-1)
+        log_probs = torch.log_softmax(logits.float(), dim=-1)
+        if self._sampler is None:
+            log_probs, tokens = log_probs.topk(children, dim=-1)
+        else:
+            tokens = self._sampler.draw(logits, children, tree.indices[level], depth)
+            log_probs = log_probs.gather(-1, tokens)
         log_probs = (log_probs + tree.log_probs[level, None]).view(-1)
         tokens = tokens.view(-1)
         dead: Tensor | None = None
