@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from dynatree.config import Config, load_config
     from dynatree.decode import Decoder, Generation, Stats, custom_generate, generate
     from dynatree.pairs import Pair, load_pair
+    from dynatree.sampling import Sampling
     from dynatree.strategies import Auto, Autoregressive, BestFirst, DynamicTree, Linear, Tree
 
 _HOME = {
@@ -23,6 +24,7 @@ _HOME = {
     "Generation": "dynatree.decode",
     "Linear": "dynatree.strategies",
     "Pair": "dynatree.pairs",
+    "Sampling": "dynatree.sampling",
     "Stats": "dynatree.decode",
     "Tree": "dynatree.strategies",
     "custom_generate": "dynatree.decode",
@@ -41,6 +43,7 @@ __all__ = [
     "Generation",
     "Linear",
     "Pair",
+    "Sampling",
     "Stats",
     "Tree",
     "custom_generate",

@@ -1,4 +1,4 @@
-"""Greedy verification: the longest path of the draft tree that the target itself would take."""
+"""Verification: the longest path of the draft tree that the target itself would take."""
 
 from dataclasses import dataclass
 
@@ -25,7 +25,9 @@ class Accepted:
 
 
 def accept_greedy(tree: DraftTree, choices: Tensor, longest: int) -> Accepted:
-    """Walks the tree along the target's argmax (SpecInfer, Algorithm 2, VerifyGreedy).
+    """Walks the tree along the target's choices (SpecInfer, Algorithm 2, VerifyGreedy).
+
+    They are its argmax, or what `Sampler.choose` made of its distributions: the walk is the same.
 
     A node is accepted when it and all its ancestors are what the target chooses after their
     parents. Siblings hold different tokens, so the accepted nodes form one path, and the order of
@@ -33,7 +35,7 @@ def accept_greedy(tree: DraftTree, choices: Tensor, longest: int) -> Accepted:
 
     Args:
         tree: n or more rows.
-        choices: [n] int64, the target's argmax after each of the first n rows.
+        choices: [n] int64, the target's choice after each of the first n rows.
         longest: nodes of the longest possible path, the root included; m is at most this.
     """
     count = len(choices)

@@ -40,6 +40,11 @@ def generate(
     threshold: Threshold = None,
     budget: Budget = None,
     threads: Threads = None,
+    temperature: Annotated[float, typer.Option(help="Sample at this; 0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from this much probability.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Sample from so many tokens; 0: all.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    sampling: Annotated[str, typer.Option(help="Mode: coupled or rejection.")] = "coupled",
 ) -> None:
     """Decodes PROMPT and streams the text as rounds commit it."""
     spec = _spec(config, pair, name, depth, branch, threshold, budget, max_new_tokens=tokens)
@@ -48,11 +53,16 @@ def generate(
     from dynatree.decode import Decoder, Stats
     from dynatree.measure import encode_prompts
     from dynatree.pairs import load_models
+    from dynatree.sampling import Sampling
 
+    how = Sampling.checked(
+        temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, mode=sampling
+    )
     _use_threads(threads)
     models = load_models(spec.pair, spec.models)
     ids = encode_prompts(spec, models)[0]
-    decoder = Decoder(models.target, models.draft, spec.strategy, len(ids) + tokens)
+    length = len(ids) + tokens
+    decoder = Decoder(models.target, models.draft, spec.strategy, length, sampling=how)
     stats, generated, shown = Stats(), [], ""
     console = Console(highlight=False, markup=False, soft_wrap=True)
     console.print(prompt, end="", style="bold")

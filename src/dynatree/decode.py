@@ -9,6 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation.logits_process import (
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from dynatree.accept import accept_greedy, ranks_and_children
@@ -20,6 +25,7 @@ from dynatree.errors import DecodeError
 from dynatree.report import Reading, Report, Round
 from dynatree.runner import ModelRunner
 from dynatree.runtime import Runtime
+from dynatree.sampling import Sampler, Sampling, SamplingMode
 from dynatree.strategies import StrategyBase
 from dynatree.tree import DraftTree
 
@@ -77,8 +83,11 @@ class Decoder:
         strategy: StrategyBase,
         max_length: int,
         runtime: RuntimeMode | Runtime = "auto",
+        sampling: Sampling | None = None,
     ) -> None:
         """Prepares to decode sequences of up to `max_length` tokens, prompt included.
+
+        Tokens are chosen as `sampling` says; None, like a temperature of 0, is greedily.
 
         Raises:
             DecodeError: the strategy needs a draft and there is none, the vocabularies differ, a
@@ -92,6 +101,11 @@ class Decoder:
         # Static shapes draft and verify past `max_length`, and past the last living node.
         slots = self.runtime.capacity(max_length + longest + 1 + strategy.max_drafted)
         self._target = ModelRunner(target, slots, self.runtime)
+        self._sampler: Sampler | None = None
+        if sampling is not None and sampling.temperature > 0.0:
+            rows = 2 + strategy.max_drafted
+            vocab_size, children = self._target.vocab_size, strategy.max_children
+            self._sampler = Sampler(sampling, vocab_size, longest, rows, children, device)
         self._drafter: Drafter | None = None
         if strategy.max_depth > 0:
             if draft is None:
@@ -110,7 +124,7 @@ class Decoder:
                     f"the draft is on {runner.device} and the target on {device}; "
                     "move both to one device"
                 )
-            self._drafter = Drafter(runner, strategy, self.runtime)
+            self._drafter = Drafter(runner, strategy, self.runtime, self._sampler)
         self._models = (target, draft)
         # Made by `prepare`, where the strategy chooses among several rules.
         self._controller: Controller | None = None
@@ -232,11 +246,12 @@ class Decoder:
         input_ids: Tensor,
         max_new_tokens: int,
         eos_token_id: int | Sequence[int] | None = None,
+        seed: int | None = None,
     ) -> Generation:
         """Generates up to `max_new_tokens` tokens; see `generate`."""
         stats = Stats()
         tokens: list[int] = []
-        for chunk in self.stream(input_ids, max_new_tokens, eos_token_id, stats):
+        for chunk in self.stream(input_ids, max_new_tokens, eos_token_id, stats, seed):
             tokens += chunk
         return Generation(tokens, stats)
 
@@ -246,8 +261,11 @@ class Decoder:
         max_new_tokens: int,
         eos_token_id: int | Sequence[int] | None = None,
         stats: Stats | None = None,
+        seed: int | None = None,
     ) -> Iterator[list[int]]:
         """Yields the tokens of each round as they are committed, and fills in `stats`.
+
+        `seed` takes the place of the sampling's for this sequence.
 
         Raises:
             DecodeError: an empty or wrongly shaped prompt, a token outside the vocabulary, more
@@ -260,6 +278,8 @@ class Decoder:
         rounds = self._rounds(prompt, max_new_tokens, stats)
         self._streams += 1
         this = self._streams
+        if self._sampler is not None:
+            self._sampler.begin(seed)
         while True:
             if this != self._streams:
                 raise DecodeError(
@@ -365,10 +385,11 @@ class Decoder:
             stats.seconds.pop("consumer", None)
 
     def _prefill(self, prompt: Tensor) -> None:
-        choices = self._choose(self._target.prefill(prompt))
+        self._position.fill_(len(prompt) - 1)
+        choices = self._choose(self._target.prefill(prompt), self._root)
         if self._drafter is not None:
             self._drafter.prefill(prompt)
-        self._position.fill_(len(prompt))
+        self._position += 1
         self._history[: len(prompt)] = prompt
         self._history[len(prompt)] = choices[0]
         self._root.plant(choices)
@@ -376,9 +397,21 @@ class Decoder:
         self._report.committed(choices, torch.ones_like(choices))
         self._report.grown(self._root)
 
-    def _choose(self, logits: Tensor) -> Tensor:
-        """The argmax of logits [n, vocabulary], as [n]; the report hears of a NaN."""
-        best, choices = logits.max(dim=-1)
+    def _choose(self, logits: Tensor, tree: DraftTree) -> Tensor:
+        """The token after each of the first n rows of `tree`, as [n]; the report hears of a NaN.
+
+        Args:
+            logits: [n, vocabulary]; greedy decoding takes their argmax.
+        """
+        if self._sampler is None:
+            best, choices = logits.max(dim=-1)
+        else:
+            rows, drafter = len(logits), self._drafter
+            drafted = drafter is not None and tree is not self._root
+            origins = drafter.origins[:rows] if drafter is not None and drafted else None
+            best, choices = self._sampler.choose(
+                logits, self._position, tree.depths[:rows], origins
+            )
         self._report.chosen(best)
         return choices
 
@@ -456,7 +489,7 @@ class Decoder:
             tree.indices[:rows] + self._position,
             tree.attention_mask(0, rows, columns),
         )
-        self._choices[:rows] = self._choose(logits)
+        self._choices[:rows] = self._choose(logits, tree)
 
     def _commit(self, nodes: int) -> None:
         """Phase 3: the accepted path joins the committed tokens of both models."""
@@ -494,8 +527,17 @@ def generate(
     max_new_tokens: int = 500,
     eos_token_id: int | Sequence[int] | None = None,
     runtime: RuntimeMode = "auto",
+    *,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int = 0,
+    sampling: SamplingMode = "coupled",
 ) -> Generation:
-    """Greedy decoding with speculative drafts: the target's own greedy output, sooner.
+    """Decoding with speculative drafts: the target's own output, sooner.
+
+    With a temperature of 0 that is the target's greedy output, token for token. Otherwise it is a
+    sample of the target's distribution; see `dynatree.sampling`.
 
     Args:
         target: an unmodified `AutoModelForCausalLM`, in eval mode.
@@ -506,15 +548,21 @@ def generate(
         eos_token_id: generation ends after any of these; None never ends early.
         runtime: how forwards run; see `Runtime`. Compiling and capturing pay over many
             generations: for those, make one `Decoder` and use it again.
+        temperature, top_p, top_k, seed: see `Sampling`.
+        sampling: the `mode` of `Sampling`: `coupled` equals autoregressive sampling of the same
+            seed, token for token; `rejection` has its distribution.
 
     Returns:
         The new tokens and the statistics of the run.
 
     Raises:
-        DecodeError: see `Decoder` and `Decoder.stream`.
+        DecodeError: see `Decoder`, `Decoder.stream` and `Sampling.checked`.
     """
+    how = Sampling.checked(
+        temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, mode=sampling
+    )
     input_ids = _as_prompt(input_ids)
-    decoder = Decoder(target, draft, strategy, len(input_ids) + max_new_tokens, runtime)
+    decoder = Decoder(target, draft, strategy, len(input_ids) + max_new_tokens, runtime, how)
     return decoder.decode(input_ids, max_new_tokens, eos_token_id)
 
 
@@ -526,26 +574,31 @@ def custom_generate(
     assistant_model: PreTrainedModel | None = None,
     logits_processor: Sequence[object] = (),
     stopping_criteria: Sequence[object] = (),
+    seed: int | None = None,
+    sampling: SamplingMode = "coupled",
     **model_kwargs: Any,
 ) -> Tensor:
     """The Transformers-native entry: `model.generate(ids, custom_generate=custom_generate, ...)`.
 
-    Pass `assistant_model=draft` and `strategy=`; the length limit and the end-of-sequence tokens
-    come from the generation configuration that Transformers prepared.
+    Pass `assistant_model=draft` and `strategy=`; the length limit, the end-of-sequence tokens and,
+    with `do_sample=True`, temperature, top_k and top_p come from what Transformers prepared.
+    `sampling` is as in `dynatree.generate`, and so is `seed`; by default it is drawn from PyTorch's
+    generator, which `torch.manual_seed` seeds, so that calls differ as they do without us.
 
     Returns:
         [1, L + new] int64: the prompt and the new tokens, as `generate` returns them.
 
     Raises:
-        DecodeError: the call asks for something that greedy decoding of one whole prompt is not.
+        DecodeError: the call asks for something other than decoding one whole prompt, greedily or
+            by temperature, top_k and top_p.
     """
     if assistant_model is None:
         assistant_model = _assistant_of_caller()
-    if generation_config.do_sample or (generation_config.num_beams or 1) > 1:
-        raise DecodeError("DynaTree decodes greedily: pass do_sample=False and num_beams=1")
-    if logits_processor:
-        names = ", ".join(type(processor).__name__ for processor in logits_processor)
-        raise DecodeError(f"logits processors are not supported, got {names}; unset their options")
+    if (generation_config.num_beams or 1) > 1:
+        raise DecodeError("DynaTree decodes one sequence: pass num_beams=1")
+    warping = _warping(logits_processor, bool(generation_config.do_sample))
+    if warping:
+        warping["seed"] = int(torch.randint(2**62, ())) if seed is None else seed
     others = [
         type(criterion).__name__
         for criterion in stopping_criteria
@@ -566,9 +619,39 @@ def custom_generate(
         strategy,
         max_new_tokens=generation_config.max_length - input_ids.shape[-1],
         eos_token_id=generation_config.eos_token_id,
+        sampling=sampling,
+        **warping,
     )
     new = torch.tensor([generation.tokens], dtype=torch.long, device=input_ids.device)
     return torch.cat((input_ids, new), dim=-1)
+
+
+def _warping(processors: Sequence[object], sample: bool) -> dict[str, Any]:
+    """`temperature`, `top_k` and `top_p` for `generate` of what Transformers made of its options.
+
+    Raises:
+        DecodeError: there are processors besides.
+    """
+    fields = {
+        TemperatureLogitsWarper: "temperature",
+        TopKLogitsWarper: "top_k",
+        TopPLogitsWarper: "top_p",
+    }
+    kinds = [type(processor) for processor in processors]
+    # In this order, and each of them once.
+    if not sample or kinds != [kind for kind in fields if kind in kinds]:
+        if processors:
+            names = ", ".join(kind.__name__ for kind in kinds)
+            raise DecodeError(
+                "logits processors other than temperature, top_k and top_p of do_sample=True are "
+                f"not supported, got {names}; unset their options"
+            )
+        return {}
+    given = {
+        fields[kind]: getattr(processor, fields[kind])
+        for kind, processor in zip(kinds, processors, strict=True)
+    }
+    return {"temperature": 1.0, **given}
 
 
 def _assistant_of_caller() -> PreTrainedModel | None:

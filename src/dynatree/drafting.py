@@ -9,6 +9,7 @@ from dynatree.controller import MAX_PAUSE
 from dynatree.ngram import CONFIDENCE, continuation
 from dynatree.runner import ModelRunner
 from dynatree.runtime import Runtime
+from dynatree.sampling import Sampler
 from dynatree.strategies import StrategyBase
 from dynatree.tree import DraftTree
 
@@ -20,9 +21,16 @@ class Drafter:
         forwards: draft forwards of the last tree.
     """
 
-    def __init__(self, runner: ModelRunner, strategy: StrategyBase, runtime: Runtime) -> None:
+    def __init__(
+        self,
+        runner: ModelRunner,
+        strategy: StrategyBase,
+        runtime: Runtime,
+        sampler: Sampler | None = None,
+    ) -> None:
         self.runner = runner
         self.strategy = strategy
+        self._sampler = sampler
         self.forwards = 0
         self._trim = not runtime.static
         self._varies = strategy.varies
@@ -65,6 +73,11 @@ class Drafter:
         """Slots after the root's that a tree may use."""
         return self._grown.capacity
 
+    @property
+    def origins(self) -> Tensor:
+        """int64, the index that each row of the tree to verify had in the tree that was grown."""
+        return self._origins
+
     def prefill(self, prompt: Tensor) -> None:
         """Reads `prompt` [n]; what was learnt of another sequence is forgotten."""
         self.runner.prefill(prompt)
@@ -99,6 +112,8 @@ class Drafter:
         if max_depth == 0:
             # Captured phases find every tree in the same tensors.
             self._kept.plant(history.index_select(0, position))
+            if self._sampler is not None:
+                self._sampler.plant(position)
             return self._kept
         columns = tree.columns(visible, position)
         slots = tree.indices + position
@@ -108,6 +123,8 @@ class Drafter:
         logits = self._read(history, position, visible, recent)
         self.forwards = 1
         tree.plant(history.index_select(0, position))
+        if self._sampler is not None:
+            self._sampler.plant(position)
         level, chosen, log_probs = slice(0, 1), None, tree.log_probs[:1]
         for depth, width in enumerate(self._widths[:max_depth], start=1):
             start = tree.size
@@ -177,7 +194,14 @@ class Drafter:
         """
         tree, strategy = self._grown, self.strategy
         children = min(strategy.max_children, logits.shape[-1])
-        log_probs, tokens = torch.log_softmax(logits.float(), dim=-1).topk(children, dim=-1)
+        log_probs = torch.log_softmax(logits.float(), dim=-1)
+        if self._sampler is None:
+            log_probs, tokens = log_probs.topk(children, dim=-1)
+        else:
+            nodes = tree.indices[level]
+            nodes = nodes if chosen is None else nodes.index_select(0, chosen)
+            tokens = self._sampler.draw(logits, children, nodes, depth)
+            log_probs = log_probs.gather(-1, tokens)
         kept = strategy.keeps(log_probs, tree.indices[:children], self._state)
         log_probs = log_probs + parent_log_probs[:, None]
         if kept is not None:
