@@ -60,6 +60,23 @@ def test_generate_streams_the_same_text_with_every_configuration(run):
     assert texts[0].startswith("The with")
 
 
+def test_generate_samples(run):
+    options = ("--tokens", "12", "--temperature", "1.0", "--top-k", "50", "--top-p", "0.95")
+    texts = {}
+    for name in ("ar", "dynatree"):
+        for mode in ("coupled", "rejection"):
+            for seed in ("1", "2"):
+                code, out, _ = run(
+                    "generate", "The with", "--name", name, *options, "--seed", seed,
+                    "--sampling", mode,
+                )  # fmt: skip
+                assert code == 0
+                texts[name, mode, seed] = out.split("\n\n12 tokens in")[0]
+    for seed in ("1", "2"):
+        assert texts["ar", "coupled", seed] == texts["dynatree", "coupled", seed]
+    assert texts["ar", "coupled", "1"] != texts["ar", "coupled", "2"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -70,6 +87,8 @@ def test_generate_streams_the_same_text_with_every_configuration(run):
         (("generate", ""), "has no tokens"),
         (("measure", "--name", "ar", "--depth", "3"), "depth: unknown key"),
         (("measure", "--tokens", "1000"), "need a context of"),
+        (("generate", "x", "--temperature", "-1"), "temperature: Input should be greater than"),
+        (("generate", "x", "--sampling", "typical"), "got 'typical'"),
     ],
 )
 def test_errors_are_one_message_without_a_traceback(run, arguments, message):

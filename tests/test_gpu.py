@@ -467,11 +467,11 @@ def test_a_bfloat16_output_that_is_wrong_fails_the_audit(monkeypatch):
 # What keeps the above from passing for no reason.
 
 
-def every_phase_on_meta(family, strategy, runtime):
+def every_phase_on_meta(family, strategy, runtime, sampling=None):
     """Runs all phases for all buckets on a device that has no values to read."""
     with torch.device("meta"):
         target, draft = build(family, layers=2), build(family)
-    decoder = dynatree.Decoder(target, draft, strategy, CONTEXT + 1, runtime)
+    decoder = dynatree.Decoder(target, draft, strategy, CONTEXT + 1, runtime, sampling)
     with pytest.MonkeyPatch.context() as patch:
         # No memory, nothing to share.
         patch.setattr("dynatree.cache.from_dlpack", lambda part: part)

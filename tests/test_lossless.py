@@ -167,7 +167,6 @@ def test_custom_generate_ends_at_eos():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"do_sample": True}, "do_sample=False"),
         ({"do_sample": False, "num_beams": 2}, "num_beams=1"),
         ({"do_sample": False, "repetition_penalty": 1.5}, "RepetitionPenalty"),
         ({"do_sample": False, "max_time": 60.0}, "MaxTimeCriteria"),
@@ -175,7 +174,7 @@ def test_custom_generate_ends_at_eos():
         ({"attention_mask": torch.tensor([[0, 1, 1]])}, "hides tokens"),
     ],
 )
-def test_custom_generate_refuses_what_is_not_greedy(options, message):
+def test_custom_generate_refuses_what_it_does_not_do(options, message):
     with pytest.raises(DecodeError, match=message):
         target_of("gpt_neox").generate(
             prompt(3)[None],
