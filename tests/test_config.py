@@ -38,7 +38,7 @@ def test_shipped_names_and_strategies():
         "tree_depth1",
         "ar",
     ]
-    assert len(config.measured) == 12
+    assert len(config.measured) == 13
     assert set(config.pairs) >= {"embedded", "pythia"}
     shipped = {name: run.run for name, run in config.configs.items()}
     tree = dynatree.Tree
@@ -55,6 +55,7 @@ def test_shipped_names_and_strategies():
     assert shipped["dynatree_adaptive"] == dynatree.DynamicTree()
     assert shipped["best_first"] == dynatree.BestFirst()
     assert shipped["best_first_ngram"] == dynatree.BestFirst(ngram=True)
+    assert shipped["auto"] == dynatree.Auto()
 
 
 def test_threshold_one_is_refused_with_the_explanation(data):
@@ -71,7 +72,11 @@ def test_threshold_one_is_refused_with_the_explanation(data):
     [
         ("pair", "embeded", r"pair: unknown pair 'embeded'; did you mean 'embedded'"),
         ("typo", 1, r"typo: unknown key"),
-        ("configs.ar.strategy", "auto", r"configs\.ar\.strategy: unknown strategy 'auto'"),
+        (
+            "configs.ar.strategy",
+            "automatic",
+            r"configs\.ar\.strategy: unknown strategy 'automatic'",
+        ),
         ("configs.dynatree.dept", 3, r"configs\.dynatree\.dept: unknown key"),
         ("configs.dynatree.depth", 0, r"configs\.dynatree\.depth: .*got 0"),
         ("configs.dynatree.depth", "7", r"configs\.dynatree\.depth: .*integer, got '7'"),
