@@ -14,6 +14,7 @@ from dynatree.results import (
     RunRecord,
     RunResult,
     records_digest,
+    repeated_8grams,
     totals,
     write_result,
 )
@@ -83,10 +84,7 @@ def result(spec: RunSpec, speedups=None, **changes) -> RunResult:
             },
             "records": records,
             "records_digest": records_digest(records),
-            "outputs": [
-                Output(prompt=prompt, prompt_tokens=3, tokens=[1] * 13, equal=True, divergence=None)
-                for prompt in range(prompts)
-            ],
+            "outputs": [output(prompt) for prompt in range(prompts)],
             "totals": totals([entry for entry in records if entry.method == "strategy"]),
             "peak_memory_bytes": 1_000_000,
             "provenance": {
@@ -124,15 +122,21 @@ def record(spec: RunSpec, prompt: int, run: int, method: Method, rate: float) ->
     )
 
 
-def unequal(prompt: int, gap: float) -> Output:
-    """An output that leaves autoregressive decoding at its third token."""
+def output(prompt: int, tokens=(1,) * 13, divergence=None) -> Output:
+    """An output that equals autoregressive decoding unless a `divergence` is given."""
     return Output(
         prompt=prompt,
         prompt_tokens=3,
-        tokens=[1] * 13,
-        equal=False,
-        divergence=Divergence(index=2, gap=gap),
+        tokens=list(tokens),
+        repeated_8grams=repeated_8grams(tokens),
+        equal=divergence is None,
+        divergence=divergence,
     )
+
+
+def unequal(prompt: int, gap: float) -> Output:
+    """An output that leaves autoregressive decoding at its third token."""
+    return output(prompt, divergence=Divergence(index=2, gap=gap))
 
 
 def write(study: Config, folder: Path, speedups=None, changes=None) -> None:
