@@ -41,9 +41,9 @@ def reference(ablation: Ablation, folder: str) -> str:
         "|---|---|---|---|---|",
     ]
     for facts in ablation.configurations:
-        names = f" ({'; '.join(labels[facts.name])})" if facts.name in labels else ""
+        called = f" ({'; '.join(labels[facts.name])})" if facts.name in labels else ""
         lines.append(
-            f"| `{facts.name}`{names} | {facts.description} "
+            f"| `{facts.name}`{called} | {facts.description} "
             f"| {facts.throughput.value:.0f} | {_with_interval(facts.speedup)} "
             f"| {facts.tokens_per_round:.2f} |"
         )
