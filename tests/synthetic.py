@@ -14,6 +14,7 @@ from dynatree.results import (
     RunRecord,
     RunResult,
     records_digest,
+    repeated_8grams,
     totals,
     write_result,
 )
@@ -23,12 +24,15 @@ WEIGHTS = "a" * 64
 AUTOREGRESSIVE_RATE = 100.0
 
 
-def config(prompts=4, runs=3, tables=None, labels=None, overrides=None, dtype="float32"):
-    """A study of three configurations: `ar`, `linear` and `tree`."""
+def config(
+    prompts=4, runs=3, tables=None, labels=None, overrides=None, dtype="float32", sweeps=None
+):
+    """A study of the configurations `ar`, `linear` and `tree`; `linear2` is in no table."""
     labels = labels or {}
     configs = {
         "ar": {"strategy": "autoregressive"},
         "linear": {"strategy": "linear", "num_draft_tokens": 6},
+        "linear2": {"strategy": "linear", "num_draft_tokens": 2},
         "tree": {"strategy": "tree", "depth": 4, "branch_factor": 8},
     }
     for name, label in labels.items():
@@ -47,15 +51,17 @@ def config(prompts=4, runs=3, tables=None, labels=None, overrides=None, dtype="f
             "workloads": {"words": {"prompts": [f"prompt {index}" for index in range(prompts)]}},
             "measure": {"workload": "words", "runs": runs, "max_new_tokens": 13},
             "configs": configs,
+            "sweeps": sweeps or {},
             "tables": tables or {"forward": ["ar", "linear", "tree"], "backward": ["tree", "ar"]},
         }
     )
 
 
-def result(spec: RunSpec, speedups=None, **changes) -> RunResult:
+def result(spec: RunSpec, speedups=None, rounds=None, **changes) -> RunResult:
     """A result in which prompt `p` is decoded `speedups[p]` times as fast as autoregressively.
 
-    `speedups` may also give a list for each prompt, with one entry for each run.
+    `speedups` may also give a list for each prompt, with one entry for each run; `rounds[p]` are
+    the rounds of every run of the strategy, each (nodes, depth, accepted).
     """
     prompts, runs = len(spec.prompts), spec.measure.runs
     speedups = speedups or [1.0] * prompts
@@ -69,7 +75,8 @@ def result(spec: RunSpec, speedups=None, **changes) -> RunResult:
             # The machine is slower in later runs; pairing must cancel that.
             rate = AUTOREGRESSIVE_RATE / (1 + run)
             records.append(record(spec, prompt, run, "autoregressive", rate))
-            records.append(record(spec, prompt, run, "strategy", rate * speedup))
+            given = rounds and rounds[prompt]
+            records.append(record(spec, prompt, run, "strategy", rate * speedup, given))
     return RunResult.model_validate(
         {
             "spec": spec,
@@ -83,10 +90,7 @@ def result(spec: RunSpec, speedups=None, **changes) -> RunResult:
             },
             "records": records,
             "records_digest": records_digest(records),
-            "outputs": [
-                Output(prompt=prompt, prompt_tokens=3, tokens=[1] * 13, equal=True, divergence=None)
-                for prompt in range(prompts)
-            ],
+            "outputs": [output(prompt) for prompt in range(prompts)],
             "totals": totals([entry for entry in records if entry.method == "strategy"]),
             "peak_memory_bytes": 1_000_000,
             "provenance": {
@@ -100,8 +104,10 @@ def result(spec: RunSpec, speedups=None, **changes) -> RunResult:
     )
 
 
-def record(spec: RunSpec, prompt: int, run: int, method: Method, rate: float) -> RunRecord:
-    """One generation of 13 tokens at `rate` tokens per second."""
+def record(
+    spec: RunSpec, prompt: int, run: int, method: Method, rate: float, given=None
+) -> RunRecord:
+    """One generation of 13 tokens, or of those of the `given` rounds, at `rate` per second."""
     drafts = method == "strategy" and spec.strategy.max_depth > 0
     # Six rounds of which each commits two tokens, or twelve of one token.
     rounds = (
@@ -109,13 +115,19 @@ def record(spec: RunSpec, prompt: int, run: int, method: Method, rate: float) ->
         if drafts
         else [RoundRecord(nodes=0, depth=0, accepted=0)] * 12
     )
+    if given is not None:
+        rounds = [
+            RoundRecord(nodes=nodes, depth=depth, accepted=accepted)
+            for nodes, depth, accepted in given
+        ]
+    tokens = 1 + sum(entry.accepted + 1 for entry in rounds)
     return RunRecord(
         prompt=prompt,
         run=run,
         method=method,
         first=(run + prompt) % 2 == (method == "strategy"),
-        tokens=13,
-        seconds=13 / rate,
+        tokens=tokens,
+        seconds=tokens / rate,
         first_token_seconds=0.01,
         phases={"prefill": 1.0, "draft": 1.0 * drafts, "verify": 2.0, "other": 0.0},
         target_forwards=len(rounds) + 1,
@@ -124,15 +136,21 @@ def record(spec: RunSpec, prompt: int, run: int, method: Method, rate: float) ->
     )
 
 
-def unequal(prompt: int, gap: float) -> Output:
-    """An output that leaves autoregressive decoding at its third token."""
+def output(prompt: int, tokens=(1,) * 13, divergence=None) -> Output:
+    """An output that equals autoregressive decoding unless a `divergence` is given."""
     return Output(
         prompt=prompt,
         prompt_tokens=3,
-        tokens=[1] * 13,
-        equal=False,
-        divergence=Divergence(index=2, gap=gap),
+        tokens=list(tokens),
+        repeated_8grams=repeated_8grams(tokens),
+        equal=divergence is None,
+        divergence=divergence,
     )
+
+
+def unequal(prompt: int, gap: float) -> Output:
+    """An output that leaves autoregressive decoding at its third token."""
+    return output(prompt, divergence=Divergence(index=2, gap=gap))
 
 
 def write(study: Config, folder: Path, speedups=None, changes=None) -> None:

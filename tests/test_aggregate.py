@@ -1,5 +1,6 @@
 """Statistics against numbers worked out by hand, and refusal of results that are not current."""
 
+import io
 import json
 import math
 
@@ -8,9 +9,10 @@ import pytest
 import synthetic
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
-from dynatree.ablation import read_ablation, write_ablation
-from dynatree.aggregate import aggregate, to_csv
+from dynatree.ablation import Ablation, read_ablation, write_ablation
+from dynatree.aggregate import POSITIONS, aggregate, to_csv
 from dynatree.errors import ResultError
 
 
@@ -109,6 +111,170 @@ def test_facts_of_rounds_and_phases(tmp_path):
     assert plain.tokens_per_round == pytest.approx(1.0)
     assert tree.tokens_per_generation == 13
     assert tree.first_token_seconds == pytest.approx(0.01)
+
+
+def by_position(measured):
+    return [
+        (part.start, part.stop, part.rounds, part.tokens) for part in measured.rounds_by_position
+    ]
+
+
+def test_tokens_per_round_are_told_apart_by_where_a_round_begins(tmp_path):
+    study = synthetic.config(prompts=2, runs=2)
+    # Rounds begin after 1, 4, ..., 97 new tokens, then after 100; the next crosses to 101 + 8.
+    # In the second prompt one begins after 99 and counts there, although it ends at 107.
+    one = [(5, 4, 2)] * 33 + [(9, 8, 7)] * 50 + [(5, 4, 0)] * 10
+    other = [(5, 4, 0)] * 98 + [(9, 8, 7)]
+    assert 1 + 33 * 3 == 100
+    ablation = synthetic.ablation(tmp_path, study, changes={"tree": {"rounds": [one, other]}})
+    measured = facts(ablation, "tree")
+    assert by_position(measured) == [
+        (0, 100, 2 * (33 + 98 + 1), 2 * (99 + 98 + 8)),
+        (100, 500, 2 * 50, 2 * 400),
+        (500, None, 2 * 10, 2 * 10),
+    ]
+    assert measured.rounds == 2 * (93 + 99)
+    # Only the first prompt has later rounds: 410 tokens in 60 rounds against 99 in 33.
+    assert measured.later_rounds.value == pytest.approx(410 / 60 / 3 - 1)
+    assert measured.later_rounds.interval is None
+    plain = facts(ablation, "ar")
+    assert plain.rounds_by_position[1].tokens_per_round is None
+    assert plain.later_rounds is None
+
+
+def test_later_rounds_are_paired_by_prompt(tmp_path):
+    study = synthetic.config(prompts=2, runs=1)
+    # Twice as many tokens per round later in one prompt, half as many in the other.
+    rounds = [[(4, 4, 1)] * 50 + [(4, 4, 3)] * 9, [(4, 4, 3)] * 25 + [(4, 4, 1)] * 9]
+    change = facts(
+        synthetic.ablation(tmp_path, study, changes={"tree": {"rounds": rounds}}), "tree"
+    ).later_rounds
+    assert change.value == pytest.approx(0.0)
+    assert (change.interval.low, change.interval.high) == pytest.approx((-0.5, 1.0))
+
+
+def test_repetition_is_of_each_output(tmp_path):
+    study = synthetic.config(prompts=2)
+    outputs = [synthetic.output(0, range(30)), synthetic.output(1, [1, 2, 3] * 10)]
+    tree = facts(
+        synthetic.ablation(tmp_path, study, changes={"tree": {"outputs": outputs}}), "tree"
+    )
+    assert tree.repeated_8grams_mean == pytest.approx(10 / 23)
+    assert tree.repeated_8grams_max == pytest.approx(20 / 23)
+
+
+offers = st.integers(0, 8).flatmap(
+    lambda nodes: st.integers(0, nodes).flatmap(
+        lambda depth: st.tuples(st.just(nodes), st.just(depth), st.integers(0, depth))
+    )
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(rounds=st.lists(st.lists(offers, min_size=1, max_size=150), min_size=2, max_size=2))
+def test_acceptance_and_positions_of_any_rounds(tmp_path_factory, rounds):
+    study = synthetic.config(prompts=2, runs=1, tables={"forward": ["ar", "tree"]})
+    ablation = synthetic.ablation(
+        tmp_path_factory.mktemp("runs"), study, changes={"tree": {"rounds": rounds}}
+    )
+    tree = facts(ablation, "tree")
+    every = [entry for prompt in rounds for entry in prompt]
+    offered, accepted = sum(depth for _, depth, _ in every), sum(count for *_, count in every)
+    assert tree.acceptance == (pytest.approx(accepted / offered) if offered else None)
+    assert all(entry.accepted <= entry.offered for entry in tree.acceptance_by_depth)
+    # Walked through token by token.
+    expected = dict.fromkeys(POSITIONS, (0, 0))
+    for prompt in rounds:
+        position = 1
+        for *_, count in prompt:
+            start = max(start for start in POSITIONS if start <= position)
+            expected[start] = (expected[start][0] + 1, expected[start][1] + count + 1)
+            position += count + 1
+    assert [(start, *sums) for start, sums in expected.items()] == [
+        (start, rounds, tokens) for start, _, rounds, tokens in by_position(tree)
+    ]
+
+
+def _above_one(data):
+    data["acceptance_by_depth"][0]["accepted"] = data["acceptance_by_depth"][0]["offered"] + 1
+
+
+def _other_acceptance(data):
+    data["acceptance"] = 0.9
+
+
+def _fewer_rounds(data):
+    data["rounds_by_position"][0]["rounds"] -= 1
+
+
+def _gap(data):
+    data["rounds_by_position"][1]["start"] += 1
+
+
+@pytest.mark.parametrize("edit", [_above_one, _other_acceptance, _fewer_rounds, _gap])
+def test_an_aggregation_whose_parts_disagree_is_refused(tmp_path, edit):
+    path = tmp_path / "ablation.json"
+    write_ablation(path, synthetic.ablation(tmp_path))
+    data = json.loads(path.read_text())
+    edit(data["configurations"][-1])
+    path.write_text(json.dumps(data))
+    with pytest.raises(ResultError, match="not a valid aggregation"):
+        read_ablation(path)
+
+
+SWEPT = {
+    "sweeps": {"tuned": {"best_of": ["linear2", "linear"], "labels": {"forward": "tuned"}}},
+    "tables": {"forward": ["ar", "tuned", "tree"], "backward": ["tree", "tuned"]},
+}
+
+
+@pytest.mark.parametrize(
+    ("two", "six", "winner", "words"),
+    [
+        (2.0, 1.5, "linear2", "K = 2"),
+        (1.5, 2.0, "linear", "K = 6"),
+        # Of equal ones, the first listed.
+        (2.0, 2.0, "linear2", "K = 2"),
+    ],
+)
+def test_a_sweep_shows_its_fastest_and_reports_all(tmp_path, two, six, winner, words):
+    study = synthetic.config(**SWEPT)
+    speedups = {"linear2": two, "linear": six, "tree": 3.0}
+    ablation = synthetic.ablation(tmp_path, study, speedups)
+    (sweep,) = ablation.sweeps
+    assert (sweep.name, sweep.best_of, sweep.winner) == ("tuned", ["linear2", "linear"], winner)
+    assert [entry.name for entry in ablation.candidates("tuned")] == ["linear2", "linear"]
+    assert facts(ablation, "linear2").speedup.value == pytest.approx(two)
+    assert facts(ablation, "linear").speedup.value == pytest.approx(six)
+    shown = row(ablation, "forward", winner)
+    assert (shown.sweep, shown.label) == ("tuned", f"tuned ({words})")
+    # A sweep without a label in a table goes by its name there.
+    assert row(ablation, "backward", winner).label == f"tuned ({words})"
+    assert shown.versus_previous.value == pytest.approx(1.0)
+    assert row(ablation, "forward", "tree").versus_previous.value == pytest.approx(0.5)
+    assert row(ablation, "forward", "tree").sweep is None
+    assert [entry.name for entry in ablation.shown] == ["ar", winner, "tree"]
+    frame = pd.read_csv(io.StringIO(to_csv(ablation))).set_index("configuration")
+    assert list(frame.index) == ["ar", "linear2", "linear", "tree"]
+    assert frame.index[frame["best_of"] == "tuned"].tolist() == [winner]
+
+
+def test_a_candidate_that_was_not_measured_is_asked_for(tmp_path):
+    synthetic.write(synthetic.config(), tmp_path)
+    with pytest.raises(ResultError, match=r"linear2\.json: missing; run: snakemake"):
+        aggregate(synthetic.config(**SWEPT), tmp_path, synthetic.SOURCE)
+
+
+def test_a_winner_that_is_not_the_fastest_is_refused(tmp_path):
+    ablation = synthetic.ablation(tmp_path, synthetic.config(**SWEPT), {"linear": 2.0})
+    data = ablation.model_dump()
+    data["sweeps"][0]["winner"] = "linear2"
+    with pytest.raises(ValidationError, match="'linear2' is not its fastest"):
+        Ablation.model_validate(data)
+    data = ablation.model_dump()
+    data["tables"][0]["rows"][1]["configuration"] = "linear2"
+    with pytest.raises(ValidationError, match="'linear2' is not the winner of 'tuned'"):
+        Ablation.model_validate(data)
 
 
 def test_unequal_outputs_are_counted_with_their_largest_gap(tmp_path):
@@ -254,6 +420,12 @@ def test_csv_has_a_flat_line_for_each_configuration(tmp_path):
     assert frame.loc["tree", "forward_versus_previous"] == pytest.approx(2.0)
     assert frame.loc["ar", "backward_versus_first_high"] == pytest.approx(-2 / 3)
     assert pd.isna(frame.loc["linear", "backward_versus_first"])
+    assert frame.loc["tree", "rounds"] == frame.loc["tree", "rounds_0_to_100"] == 72
+    assert frame.loc["tree", "tokens_per_round_0_to_100"] == pytest.approx(2.0)
+    assert pd.isna(frame.loc["tree", "tokens_per_round_from_500"])
+    assert frame.loc["tree", ["acceptance_depth_1", "acceptance_depth_4"]].tolist() == [1.0, 0.0]
+    # Of 6 windows of 13 equal tokens, 5 were there before.
+    assert frame.loc["tree", "repeated_8grams_max"] == pytest.approx(5 / 6)
 
 
 @settings(max_examples=15, deadline=None)

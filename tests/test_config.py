@@ -58,6 +58,29 @@ def test_shipped_names_and_strategies():
     assert shipped["auto"] == dynatree.Auto()
 
 
+def test_a_sweep_is_a_row_that_measures_all_of_its_candidates(data):
+    config = dynatree.load_config(SHIPPED)
+    candidates = [f"linear_k{count}" for count in (2, 3, 4, 6, 8)]
+    assert config.candidates("linear_tuned") == candidates
+    assert [config.strategy(name).num_draft_tokens for name in candidates] == [2, 3, 4, 6, 8]
+    # It is in no table yet, so nothing is measured for it.
+    assert "linear_k2" not in config.measured
+    put(data, "tables.forward", ["ar", "linear_tuned", "dynatree"])
+    put(data, "tables.backward", ["dynatree", "linear_tuned", "linear_tuned2"])
+    put(data, "sweeps.linear_tuned2", {"best_of": ["tree_depth1", "tree_unpruned"]})
+    config = parse_config(data)
+    assert config.measured == ["ar", *candidates, "dynatree", "tree_depth1", "tree_unpruned"]
+    assert config.label("linear_tuned", "forward") == "+ draft model, tuned linear"
+    assert config.label("linear_tuned", "backward") == "linear_tuned"
+    assert parse_config(yaml.safe_load(config.canonical())) == config
+
+
+def test_a_configuration_in_two_rows_through_a_sweep_is_refused(data):
+    put(data, "tables.forward", ["ar", "linear_k6", "linear_tuned"])
+    with pytest.raises(ConfigError, match=r"tables\.forward: 'linear_k6' may stand in two rows"):
+        parse_config(data)
+
+
 def test_threshold_one_is_refused_with_the_explanation(data):
     put(data, "configs.dynatree.prune_threshold", 1.0)
     with pytest.raises(ConfigError, match=r"configs\.dynatree\.prune_threshold: .*got 1\.0") as e:
@@ -89,6 +112,12 @@ def test_threshold_one_is_refused_with_the_explanation(data):
         ("measure.workload", "wiki", r"measure\.workload: unknown workload 'wiki'"),
         ("tables.forward", ["ar", "linear"], r"tables\.forward\.1: unknown configuration"),
         ("tables.forward", ["ar", "ar"], r"tables\.forward: 'ar' is listed twice"),
+        ("tables.forward", ["ar", "linear_tuend"], r"sweep 'linear_tuend'; did you mean"),
+        ("sweeps.linear_tuned.best_of", ["linear_k2"], r"sweeps\.linear_tuned\.best_of: .*2 items"),
+        ("sweeps.linear_tuned.best_of", ["ar", "ar"], r"best_of: 'ar' is listed twice"),
+        ("sweeps.linear_tuned.best_of", ["ar", "k9"], r"best_of\.1: unknown configuration 'k9'"),
+        ("sweeps.linear_tuned.bestof", ["ar"], r"sweeps\.linear_tuned\.bestof: unknown key"),
+        ("sweeps.ar", {"best_of": ["ar", "dynatree"]}, r"sweeps\.ar: is a configuration too"),
         ("workloads.python_docs.prompts", [], r"workloads\.python_docs\.prompts"),
         ("workloads.python_docs.prompts", [""], r"workloads\.python_docs\.prompts\.0"),
         ("pairs.pythia.draft", None, r"pairs\.pythia: give either both"),

@@ -97,6 +97,72 @@ def test_a_table_of_another_name_is_rendered_too(tmp_path):
     assert r"Ablation ``depth\_sweep''" in tex
 
 
+def test_a_sweep_names_its_winner_and_all_candidates(tmp_path):
+    study = synthetic.config(
+        sweeps={"tuned": {"best_of": ["linear2", "linear"], "labels": {"forward": "tuned linear"}}},
+        tables={"forward": ["ar", "tuned", "tree"]},
+    )
+    tex = text(tmp_path, study, {"linear2": 1.5, "linear": 2.0})
+    assert (
+        "The row ``tuned linear (K = 6)'' is the fastest of 2 configurations by the speedup over "
+        "autoregressive decoding: K = 2 reaches 1.50 $[1.50, 1.50]$, K = 6 reaches 2.00 "
+        "$[2.00, 2.00]$. It was chosen by the very runs that it reports, which favours it" in tex
+    )
+    assert r"2 & \raggedright tuned linear (K = 6) & \raggedright K = 6 &" in tex
+    # All outputs count, but a candidate that lost has no row.
+    assert "All 16 outputs" in tex
+    assert tex.count("K = 2") == 1
+
+
+def verification(tex):
+    """The cells of the second table, by configuration."""
+    body = tex.split(r"\label{tab:verification}")[1].split(r"\midrule")[1].split(r"\bottomrule")[0]
+    lines = [line.strip().split(" & ") for line in body.split(r"\\")[:-1]]
+    return {name.split("raggedright ")[1]: cells for name, *cells in lines}
+
+
+LINE = "depth 4, branch 8, threshold 0.05, budget 256"
+
+
+def test_verification_efficiency_is_tabulated(tmp_path):
+    rounds = [[(9, 4, 1)] * 50 + [(9, 4, 3)] * 5] * 4
+    outputs = [synthetic.output(0, [1, 2, 3] * 10)] + [synthetic.output(p) for p in (1, 2, 3)]
+    outputs[1] = synthetic.output(1, range(30))
+    tex = text(tmp_path, changes={"tree": {"rounds": rounds, "outputs": outputs}})
+    cells = verification(tex)
+    # 5 x 3 + 50 x 1 of 55 x 4; 120 tokens in 55 rounds; 20/23, 0, 5/6 and 5/6 of the 8-grams.
+    assert cells[LINE] == ["29.5", "2.18", "2.00", "4.00", "--", "9.00", "660", "63.4", "87.0"]
+    assert cells["target only"] == ["--", "1.00", "1.00", "--", "--", "0.00", "144", "83.3", "83.3"]
+    assert r"$<100$ & 100--499 & $\geq500$" in tex
+    assert r"up to 87.0\,\% in one output" in tex
+
+
+@pytest.mark.parametrize(
+    ("first", "later", "said"),
+    [
+        ([1, 1, 1, 1], [3, 3, 3, 3], "a round commits more tokens than in them: by 100.0"),
+        ([3, 3, 3, 3], [1, 1, 1, 1], "a round commits fewer tokens than in them: by 50.0"),
+        ([1, 3, 1, 3], [3, 1, 3, 1], None),
+    ],
+)
+def test_tokens_per_round_are_said_to_change_only_beyond_noise(tmp_path, first, later, said):
+    rounds = [
+        [(9, 4, a)] * (100 // (a + 1)) + [(9, 4, b)] * 5 for a, b in zip(first, later, strict=True)
+    ]
+    tex = text(tmp_path, changes={"tree": {"rounds": rounds}})
+    if said:
+        assert f"After the first 100 new tokens {said}" in tex
+        assert tex.count(f"with ``{LINE}''.") == 1
+    else:
+        assert "After the first 100 new tokens" not in tex
+
+
+def test_outputs_without_repetition_are_said_to_have_none(tmp_path):
+    none = {"outputs": [synthetic.output(prompt, range(13)) for prompt in range(4)]}
+    tex = text(tmp_path, changes=dict.fromkeys(("ar", "linear", "tree"), none))
+    assert "that it held before: no output repeats one." in tex
+
+
 def test_tuned_values_are_marked_and_explained(tmp_path):
     study = synthetic.config(overrides={"tree": {"prune_threshold": 0.02}})
     tex = text(tmp_path, study)
@@ -164,10 +230,16 @@ def test_the_paper_compiles_and_nothing_overflows(tmp_path):
     study = synthetic.config(
         labels=labels,
         overrides={"tree": {"prune_threshold": 0.02}},
-        tables={"forward": ["ar", "linear", "tree"], "backward": ["tree", "linear", "ar"]},
+        sweeps={"tuned": {"best_of": ["linear2", "linear"], "labels": {"forward": HOSTILE}}},
+        tables={
+            "forward": ["ar", "linear", "tree"],
+            "backward": ["tree", "linear", "ar"],
+            "swept": ["ar", "tuned"],
+        },
     )
     speedups = {"linear": [90.0, 95.0, 99.0, 80.0], "tree": [1.0, 1.5, 2.0, 2.5]}
-    rendered = render(synthetic.ablation(tmp_path, study, speedups), TEMPLATE)
+    changes = {"tree": {"rounds": [[(250, 9, 1)] * 50 + [(250, 9, 9)] * 5_000] * 4}}
+    rendered = render(synthetic.ablation(tmp_path, study, speedups, changes), TEMPLATE)
     (tmp_path / "ablation.tex").write_text(rendered, encoding="utf-8")
     # The section alone, in a plain article with nothing but the two packages.
     (tmp_path / "main.tex").write_text(

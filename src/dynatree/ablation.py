@@ -65,6 +65,39 @@ class DepthAcceptance(Fact):
     offered: PositiveInt
     accepted: NonNegativeInt
 
+    @model_validator(mode="after")
+    def _accepts_what_was_offered(self) -> Self:
+        if self.accepted > self.offered:
+            raise ValueError(
+                f"depth {self.depth}: accepted {self.accepted} of {self.offered} offered is above "
+                "100 %"
+            )
+        return self
+
+
+class PositionRounds(Fact):
+    """Rounds that begin after `start` to `stop` - 1 new tokens, and tokens that they commit.
+
+    A round that crosses into the next range counts whole where it begins; `stop` is None in the
+    last range, which has no end.
+    """
+
+    start: NonNegativeInt
+    stop: PositiveInt | None
+    rounds: NonNegativeInt
+    tokens: NonNegativeInt
+
+    @model_validator(mode="after")
+    def _every_round_commits(self) -> Self:
+        if self.tokens < self.rounds:
+            raise ValueError(f"{self.rounds} rounds commit {self.rounds} tokens or more")
+        return self
+
+    @property
+    def tokens_per_round(self) -> float | None:
+        """None where no round begins."""
+        return self.tokens / self.rounds if self.rounds else None
+
 
 class ConfigurationFacts(Fact):
     """One measured configuration.
@@ -75,9 +108,17 @@ class ConfigurationFacts(Fact):
         autoregressive_throughput: the same of the target alone, in the same job.
         speedup: ratio of the two, paired by prompt and run.
         tokens_per_generation: mean number of new tokens.
+        rounds: verifications of all timed generations.
         tokens_per_round: tokens committed per verification, its bonus token included.
+        rounds_by_position: the same by where in the output a round begins, without gaps.
+        later_rounds: relative change of the tokens per round from the first of these ranges to
+            all later ones, paired by prompt; None when no prompt's output reaches both.
         nodes_per_round: draft nodes verified per round.
-        acceptance: draft tokens accepted per level offered; None when nothing was drafted.
+        acceptance: draft tokens accepted per draft token on the deepest path offered; None when
+            nothing was drafted.
+        repeated_8grams_mean: mean over outputs of the share of 8-grams that occurred before in
+            the same output; text that loops is easy to draft.
+        repeated_8grams_max: the same of the output that repeats itself most.
         phase_share: share of the time by phase.
         first_token_seconds: median time to the first token.
         unequal_prompts: outputs that differ from autoregressive decoding.
@@ -93,10 +134,15 @@ class ConfigurationFacts(Fact):
     autoregressive_throughput: Estimate
     speedup: Estimate
     tokens_per_generation: PositiveFloat
+    rounds: NonNegativeInt
     tokens_per_round: NonNegativeFloat
+    rounds_by_position: Annotated[list[PositionRounds], Field(min_length=1)]
+    later_rounds: Estimate | None
     nodes_per_round: NonNegativeFloat
     acceptance: Share | None
     acceptance_by_depth: list[DepthAcceptance]
+    repeated_8grams_mean: Share
+    repeated_8grams_max: Share
     phase_share: dict[str, Share]
     first_token_seconds: PositiveFloat
     peak_memory_bytes: PositiveInt
@@ -106,11 +152,44 @@ class ConfigurationFacts(Fact):
     commit: str | None
     dirty: bool | None
 
+    @model_validator(mode="after")
+    def _parts_agree(self) -> Self:
+        offered = sum(entry.offered for entry in self.acceptance_by_depth)
+        accepted = sum(entry.accepted for entry in self.acceptance_by_depth)
+        if self.acceptance != (accepted / offered if offered else None):
+            raise ValueError(
+                f"acceptance {self.acceptance} is not the {accepted} of {offered} draft tokens "
+                "that its depths add up to"
+            )
+        parts = self.rounds_by_position
+        if self.rounds != sum(part.rounds for part in parts):
+            raise ValueError(f"rounds_by_position must add up to {self.rounds} rounds")
+        if [0, *(part.stop for part in parts)] != [*(part.start for part in parts), None]:
+            raise ValueError("rounds_by_position must begin at 0 and leave no gap")
+        return self
+
+
+class Sweep(Fact):
+    """Configurations of which a row shows only the one with the largest speedup, the winner.
+
+    The winner is chosen by the very runs that it reports, so its speedup is biased upward
+    (the winner's curse). Where it is the baseline that others are compared with, that is the
+    conservative direction: what is claimed over it is understated.
+    """
+
+    name: str
+    best_of: Annotated[list[str], Field(min_length=2)]
+    winner: str
+
 
 class Row(Fact):
-    """One row of a table; the changes are relative (0.1 is 10 % faster), None in the first row."""
+    """One row of a table; the changes are relative (0.1 is 10 % faster), None in the first row.
+
+    Where the row is a `sweep`, its configuration is the winner and its label names it.
+    """
 
     configuration: str
+    sweep: str | None
     label: str
     versus_previous: Estimate | None
     versus_first: Estimate | None
@@ -149,24 +228,48 @@ class Setting(Fact):
 class Ablation(Fact):
     """All that the paper says about the ablation."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     setting: Setting
     configurations: Annotated[list[ConfigurationFacts], Field(min_length=1)]
+    sweeps: list[Sweep]
     tables: Annotated[list[Table], Field(min_length=1)]
     notes: list[str]
 
     @model_validator(mode="after")
     def _rows_are_measured(self) -> Self:
-        names = {facts.name for facts in self.configurations}
+        speedups = {facts.name: facts.speedup.value for facts in self.configurations}
+        for sweep in self.sweeps:
+            for name in sweep.best_of:
+                if name not in speedups:
+                    raise ValueError(f"sweep {sweep.name}: {name!r} is not measured")
+            if sweep.winner != max(sweep.best_of, key=speedups.__getitem__):
+                raise ValueError(f"sweep {sweep.name}: {sweep.winner!r} is not its fastest")
+        winners = {sweep.name: sweep.winner for sweep in self.sweeps}
         for table in self.tables:
             for row in table.rows:
-                if row.configuration not in names:
+                if row.configuration not in speedups:
                     raise ValueError(f"table {table.name}: {row.configuration!r} is not measured")
+                if row.sweep is not None and winners.get(row.sweep) != row.configuration:
+                    raise ValueError(
+                        f"table {table.name}: {row.configuration!r} is not the winner of "
+                        f"{row.sweep!r}"
+                    )
         return self
 
     def facts(self, name: str) -> ConfigurationFacts:
         """The configuration called `name`; every row of every table has one."""
         return next(facts for facts in self.configurations if facts.name == name)
+
+    def candidates(self, sweep: str) -> list[ConfigurationFacts]:
+        """The configurations of the sweep of that name, in its order."""
+        found = next(entry for entry in self.sweeps if entry.name == sweep)
+        return [self.facts(name) for name in found.best_of]
+
+    @property
+    def shown(self) -> list[ConfigurationFacts]:
+        """The configurations that stand in a table, once each: all but a sweep's losers."""
+        rows = [row.configuration for table in self.tables for row in table.rows]
+        return [self.facts(name) for name in dict.fromkeys(rows)]
 
 
 def write_ablation(path: Path, ablation: Ablation) -> None:

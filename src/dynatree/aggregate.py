@@ -9,14 +9,22 @@ Notation: a generation's throughput is its new tokens divided by its wall time i
   on which method is the reference (Fleming and Wallace, 1986, CACM 29(3)).
 - Change against another row: ratio of the two speedups of a prompt, geometric mean over prompts,
   minus 1. Each row's speedup is paired within its own job, so drift between jobs cancels.
+- Row of a sweep: the candidate with the largest speedup, see `dynatree.ablation.Sweep` for what
+  that choice does to the numbers. The candidates are all measured and all reported.
+- Acceptance: accepted draft tokens per draft token on the deepest path offered, so never above 1,
+  whatever the width of the tree; by depth, rounds that accepted there per round that offered there.
+- Tokens per round by position: greedy text that starts to loop inflates acceptance, so rounds are
+  also counted by how many new tokens stood before them, beside a measure of the repetition.
 - Intervals: see `dynatree.estimates`.
 """
 
+from bisect import bisect_right
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 from pydantic import BaseModel, PositiveInt, ValidationError
 
@@ -26,8 +34,10 @@ from dynatree.ablation import (
     DepthAcceptance,
     Estimate,
     Override,
+    PositionRounds,
     Row,
     Setting,
+    Sweep,
     Table,
 )
 from dynatree.config import Config, Models, ModelSource, RunSpec, Transformer
@@ -36,6 +46,9 @@ from dynatree.estimates import Floats, estimate, geometric_mean, median, paired_
 from dynatree.results import Method, RunResult, read_result
 
 SHOWN_DIFFERENCES = 6
+
+POSITIONS: Final = (0, 100, 500)
+"""New tokens after which the ranges of output positions begin; each ends where the next begins."""
 
 
 class _Device(BaseModel):
@@ -76,6 +89,8 @@ def aggregate(config: Config, results_dir: Path, source_digest: str) -> Ablation
     _same_weights(results, paths)
     _same_device(origins, paths)
     speedups = {name: _prompt_speedups(result) for name, result in results.items()}
+    used = dict.fromkeys(row for rows in config.tables.values() for row in rows)
+    winners = {row: _fastest(config.candidates(row), speedups) for row in used}
     device = next(iter(origins.values())).device
     return Ablation(
         setting=Setting(
@@ -94,22 +109,14 @@ def aggregate(config: Config, results_dir: Path, source_digest: str) -> Ablation
             _facts(config, name, result, origins[name], speedups[name])
             for name, result in results.items()
         ],
+        sweeps=[
+            Sweep(name=row, best_of=config.candidates(row), winner=winners[row])
+            for row in used
+            if row in config.sweeps
+        ],
         tables=[
-            Table(
-                name=table,
-                rows=[
-                    Row(
-                        configuration=name,
-                        label=config.label(name, table),
-                        versus_previous=_change(speedups[name], speedups[rows[index - 1]])
-                        if index
-                        else None,
-                        versus_first=_change(speedups[name], speedups[rows[0]]) if index else None,
-                    )
-                    for index, name in enumerate(rows)
-                ],
-            )
-            for table, rows in config.tables.items()
+            Table(name=table, rows=_rows(config, table, winners, speedups))
+            for table in config.tables
         ],
         notes=_notes(origins),
     )
@@ -118,6 +125,7 @@ def aggregate(config: Config, results_dir: Path, source_digest: str) -> Ablation
 def to_csv(ablation: Ablation) -> str:
     """One line per configuration, intervals as `_low` and `_high`, changes by table."""
     lines = []
+    deepest = max(len(facts.acceptance_by_depth) for facts in ablation.configurations)
     for facts in ablation.configurations:
         line: dict[str, Any] = {
             "configuration": facts.name,
@@ -125,6 +133,9 @@ def to_csv(ablation: Ablation) -> str:
             "device": ablation.setting.device,
             "description": facts.description,
             "overrides": "; ".join(f"{entry.key}={entry.value}" for entry in facts.overrides),
+            "best_of": "; ".join(
+                sweep.name for sweep in ablation.sweeps if sweep.winner == facts.name
+            ),
             **_flat("throughput_tokens_per_second", facts.throughput),
             **_flat("autoregressive_tokens_per_second", facts.autoregressive_throughput),
             **_flat("speedup", facts.speedup),
@@ -136,9 +147,12 @@ def to_csv(ablation: Ablation) -> str:
         line |= facts.model_dump(
             include={
                 "tokens_per_generation",
+                "rounds",
                 "tokens_per_round",
                 "nodes_per_round",
                 "acceptance",
+                "repeated_8grams_mean",
+                "repeated_8grams_max",
                 "first_token_seconds",
                 "peak_memory_bytes",
                 "unequal_prompts",
@@ -147,6 +161,15 @@ def to_csv(ablation: Ablation) -> str:
                 "dirty",
             }
         )
+        for part in facts.rounds_by_position:
+            where = f"{part.start}_to_{part.stop}" if part.stop else f"from_{part.start}"
+            line[f"rounds_{where}"] = part.rounds
+            line[f"tokens_per_round_{where}"] = part.tokens_per_round
+        line |= _flat("later_rounds", facts.later_rounds)
+        by_depth = {entry.depth: entry for entry in facts.acceptance_by_depth}
+        for depth in range(1, deepest + 1):
+            entry = by_depth.get(depth)
+            line[f"acceptance_depth_{depth}"] = entry.accepted / entry.offered if entry else None
         line |= {f"{phase}_share": share for phase, share in facts.phase_share.items()}
         lines.append(line)
     return pd.DataFrame(lines).to_csv(index=False, lineterminator="\n")
@@ -248,12 +271,61 @@ def _change(speedups: Floats, reference: Floats) -> Estimate:
     return estimate((speedups / reference)[:, None], _relative_change)
 
 
+def _fastest(candidates: list[str], speedups: dict[str, Floats]) -> str:
+    """The candidate with the largest speedup; of equal ones, the first listed."""
+    return max(candidates, key=lambda name: float(geometric_mean(speedups[name][:, None])))
+
+
+def _rows(
+    config: Config, table: str, winners: dict[str, str], speedups: dict[str, Floats]
+) -> list[Row]:
+    rows: list[Row] = []
+    for row in config.tables[table]:
+        name, label = winners[row], config.label(row, table)
+        swept = row in config.sweeps
+        versus = [rows[-1].configuration, rows[0].configuration] if rows else []
+        changes = [_change(speedups[name], speedups[other]) for other in versus]
+        rows.append(
+            Row(
+                configuration=name,
+                sweep=row if swept else None,
+                label=f"{label} ({config.strategy(name).describe()})" if swept else label,
+                versus_previous=changes[0] if changes else None,
+                versus_first=changes[1] if changes else None,
+            )
+        )
+    return rows
+
+
+def _position_counts(result: RunResult) -> npt.NDArray[np.int64]:
+    """Rounds, and tokens that they commit, by range of `POSITIONS` [prompts, ranges, 2]."""
+    counts = np.zeros((len(result.spec.prompts), len(POSITIONS), 2), dtype=np.int64)
+    for record in result.of("strategy"):
+        for start, committed in record.spans:
+            counts[record.prompt, bisect_right(POSITIONS, start) - 1] += (1, committed)
+    return counts
+
+
+def _later_change(counts: npt.NDArray[np.int64]) -> Estimate | None:
+    """Change of the tokens per round after the first range, over prompts that have rounds in it
+    and after it; `counts` [prompts, ranges, 2] as above.
+    """
+    parts = np.stack((counts[:, 0], counts[:, 1:].sum(axis=1)), axis=1)
+    reaching = parts[(parts[:, :, 0] > 0).all(axis=1)]
+    if not len(reaching):
+        return None
+    rates = reaching[:, :, 1] / reaching[:, :, 0]
+    return _change(rates[:, 1], rates[:, 0])
+
+
 def _facts(
     config: Config, name: str, result: RunResult, origin: _Provenance, speedups: Floats
 ) -> ConfigurationFacts:
     records = result.of("strategy")
     rounds = [entry for record in records for entry in record.rounds]
     offered = sum(entry.depth for entry in rounds)
+    positions = _position_counts(result)
+    repeated = [output.repeated_8grams for output in result.outputs]
     seconds = sum(result.totals.seconds_by_phase.values())
     base = config.configs[name].run.model_dump()
     strategy = config.strategy(name)
@@ -270,13 +342,23 @@ def _facts(
         autoregressive_throughput=estimate(_throughputs(result, "autoregressive"), median),
         speedup=estimate(speedups[:, None], geometric_mean),
         tokens_per_generation=result.totals.tokens / len(records),
+        rounds=len(rounds),
         tokens_per_round=result.totals.tokens_per_round,
+        rounds_by_position=[
+            PositionRounds(start=start, stop=stop, rounds=count, tokens=tokens)
+            for start, stop, (count, tokens) in zip(
+                POSITIONS, [*POSITIONS[1:], None], positions.sum(axis=0).tolist(), strict=True
+            )
+        ],
+        later_rounds=_later_change(positions),
         nodes_per_round=result.totals.drafted_nodes / len(rounds) if rounds else 0.0,
         acceptance=sum(entry.accepted for entry in rounds) / offered if offered else None,
         acceptance_by_depth=[
             DepthAcceptance(depth=count.depth, offered=count.offered, accepted=count.accepted)
             for count in result.totals.acceptance_by_depth
         ],
+        repeated_8grams_mean=float(np.mean(repeated)),
+        repeated_8grams_max=max(repeated),
         phase_share={
             phase: spent / seconds
             for phase, spent in result.totals.seconds_by_phase.items()

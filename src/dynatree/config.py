@@ -219,6 +219,15 @@ class RunConfig(Section):
         return data
 
 
+class Sweep(Section):
+    """A row that is whichever of several configurations turns out the fastest, such as a linear
+    baseline with its best K; and what the row is called in each table.
+    """
+
+    best_of: Annotated[list[Name], Field(min_length=2)]
+    labels: dict[Name, Text] = {}
+
+
 class RunSpec(Section):
     """Everything that the measurement of one configuration depends on, and nothing else.
 
@@ -250,6 +259,7 @@ class Config(Section):
     workloads: Annotated[dict[Name, Workload], Field(min_length=1)]
     measure: Measure
     configs: Annotated[dict[Name, RunConfig], Field(min_length=1)]
+    sweeps: dict[Name, Sweep] = {}
     tables: Annotated[dict[Name, Annotated[list[Name], Field(min_length=1)]], Field(min_length=1)]
     # Each is one file of the paper with these tables; the first is what `snakemake` makes.
     sections: dict[Name, Annotated[list[Name], Field(min_length=1)]] = {}
@@ -259,7 +269,8 @@ class Config(Section):
     def _one_section_by_default(cls, data: Any) -> Any:
         if isinstance(data, Mapping) and not data.get("sections"):
             tables = data.get("tables")
-            return {**data, "sections": {"ablation": list(tables or {"": None})}}
+            if isinstance(tables, Mapping):
+                return {**data, "sections": {"ablation": list(tables)}}
         return data
 
     @model_validator(mode="after")
@@ -274,11 +285,30 @@ class Config(Section):
 
         known("pair", self.pair, self.pairs, "pair")
         known("measure.workload", self.measure.workload, self.workloads, "workload")
+        for name, sweep in self.sweeps.items():
+            if name in self.configs:
+                problems.append(f"sweeps.{name}: is a configuration too; rename one")
+            for index, candidate in enumerate(sweep.best_of):
+                known(f"sweeps.{name}.best_of.{index}", candidate, self.configs, "configuration")
+            for candidate in _repeated(sweep.best_of):
+                problems.append(f"sweeps.{name}.best_of: {candidate!r} is listed twice; remove one")
         for table, rows in self.tables.items():
             for index, row in enumerate(rows):
-                known(f"tables.{table}.{index}", row, self.configs, "configuration")
-            for row in sorted({row for row in rows if rows.count(row) > 1}):
+                known(
+                    f"tables.{table}.{index}",
+                    row,
+                    {**self.configs, **self.sweeps},
+                    "configuration or sweep",
+                )
+            for row in _repeated(rows):
                 problems.append(f"tables.{table}: {row!r} is listed twice; remove one")
+            # One configuration in two rows would be compared with itself.
+            shown = [name for row in dict.fromkeys(rows) for name in set(self.candidates(row))]
+            for name in _repeated(shown):
+                problems.append(
+                    f"tables.{table}: {name!r} may stand in two rows, because of a sweep; remove "
+                    "one of the rows, or the configuration from the sweep"
+                )
         for section, tables in self.sections.items():
             for index, table in enumerate(tables):
                 known(f"sections.{section}.{index}", table, self.tables, "table")
@@ -322,7 +352,12 @@ class Config(Section):
     @property
     def measured(self) -> list[str]:
         """Every configuration that some table needs, once each, in order of first use."""
-        return list(dict.fromkeys(name for rows in self.tables.values() for name in rows))
+        rows = [row for rows in self.tables.values() for row in rows]
+        return list(dict.fromkeys(name for row in rows for name in self.candidates(row)))
+
+    def candidates(self, row: str) -> list[str]:
+        """The configurations of which `row` of a table shows one: its own, or those of a sweep."""
+        return self.sweeps[row].best_of if row in self.sweeps else [row]
 
     def section(self, name: str) -> "Config":
         """The configuration with the tables of section `name` alone."""
@@ -353,9 +388,10 @@ class Config(Section):
             raise ConfigError(f"configs: {_unknown(name, list(self.configs), 'configuration')}")
         return _override(self.configs[name].run, self.overrides(name))
 
-    def label(self, name: str, table: str) -> str:
-        """What the row of configuration `name` is called in `table`."""
-        return self.configs[name].labels.get(table, name)
+    def label(self, row: str, table: str) -> str:
+        """What `row`, a configuration or a sweep, is called in `table`."""
+        entry = self.sweeps[row] if row in self.sweeps else self.configs[row]
+        return entry.labels.get(table, row)
 
     def spec(self, name: str) -> RunSpec:
         """What the measurement of configuration `name` depends on."""
@@ -470,6 +506,10 @@ def _parse_json(kind: type[_Section], text: str, what: str) -> _Section:
 
 def _override(strategy: StrategyBase, overrides: Mapping[str, Any]) -> StrategyBase:
     return _STRATEGY.validate_python({**strategy.model_dump(), **overrides})
+
+
+def _repeated(names: list[str]) -> list[str]:
+    return sorted({name for name in names if names.count(name) > 1})
 
 
 def _unknown(name: str, among: list[str], kind: str) -> str:

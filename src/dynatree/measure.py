@@ -31,6 +31,7 @@ from dynatree.results import (
     RunResult,
     RuntimeFacts,
     records_digest,
+    repeated_8grams,
     totals,
 )
 from dynatree.sources import source_digest
@@ -171,6 +172,7 @@ def compare(
         prompt=index,
         prompt_tokens=len(prompt),
         tokens=tokens,
+        repeated_8grams=repeated_8grams(tokens),
         equal=divergence is None,
         divergence=divergence,
     )

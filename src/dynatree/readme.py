@@ -41,8 +41,9 @@ def reference(ablation: Ablation, folder: str) -> str:
         "|---|---|---|---|---|",
     ]
     for facts in ablation.configurations:
+        called = f" ({'; '.join(labels[facts.name])})" if facts.name in labels else ""
         lines.append(
-            f"| `{facts.name}` ({'; '.join(labels.get(facts.name, []))}) | {facts.description} "
+            f"| `{facts.name}`{called} | {facts.description} "
             f"| {facts.throughput.value:.0f} | {_with_interval(facts.speedup)} "
             f"| {facts.tokens_per_round:.2f} |"
         )

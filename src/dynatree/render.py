@@ -16,7 +16,15 @@ from jinja2 import (
     TemplateRuntimeError,
 )
 
-from dynatree.ablation import Ablation, ConfigurationFacts, Estimate, Interval, Override, Table
+from dynatree.ablation import (
+    Ablation,
+    ConfigurationFacts,
+    Estimate,
+    Interval,
+    Override,
+    PositionRounds,
+    Table,
+)
 from dynatree.errors import ResultError
 
 BACKWARD = "backward"
@@ -107,7 +115,9 @@ def render(ablation: Ablation, template: Path) -> str:
         "interval": _interval,
         "size": _size,
         "logit": _logit,
+        "range": _range,
         "ratio": _ratio,
+        "share": _share,
         "stacked": _stacked,
         "tuning": _tuning,
     }
@@ -117,6 +127,7 @@ def render(ablation: Ablation, template: Path) -> str:
             ablation=ablation,
             setting=ablation.setting,
             facts=ablation.facts,
+            candidates=ablation.candidates,
             marks=lambda table: _marks(ablation, table),
             backward=BACKWARD,
             commits=sorted({_commit(facts) for facts in configurations}),
@@ -155,8 +166,20 @@ def _rate(value: float) -> Tex:
     return Tex(f"{value:.1f}")
 
 
-def _ratio(value: float) -> Tex:
-    return Tex(f"{value:.2f}")
+def _ratio(value: float | None) -> Tex:
+    return Tex("--" if value is None else f"{value:.2f}")
+
+
+def _share(value: float | None) -> Tex:
+    """Per cent without the sign, which stands in a column's head or behind the number."""
+    return Tex("--" if value is None else f"{100 * value:.1f}")
+
+
+def _range(part: PositionRounds) -> Tex:
+    """A range of output positions in as few characters as a column's head has room for."""
+    if part.stop is None:
+        return Tex(rf"$\geq{part.start}$")
+    return Tex(f"{part.start}--{part.stop - 1}" if part.start else f"$<{part.stop}$")
 
 
 def _logit(value: float) -> Tex:

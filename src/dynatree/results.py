@@ -1,5 +1,6 @@
 """The result file of one measuring job: facts only, validated when written and when read."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
@@ -17,9 +18,13 @@ from pydantic import (
 from dynatree.config import RunSpec, digest
 from dynatree.facts import Fact, read_facts, write_facts
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
+
+NGRAM: Final = 8
+"""Tokens that must recur together to count as a repetition."""
 
 Seconds = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Method = Literal["autoregressive", "strategy"]
 
 
@@ -99,7 +104,21 @@ class RunRecord(Fact):
         most = 1 + sum(entry.accepted + 1 for entry in self.rounds)
         if self.tokens not in (most, most - 1):
             raise ValueError(f"the rounds account for {most} tokens, got {self.tokens}")
+        if any(committed == 0 for _, committed in self.spans):
+            raise ValueError("the last round committed nothing; every round commits a token")
         return self
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """For each round: new tokens before it, which is where in the output it begins, and
+        tokens that it commits, at least 1.
+        """
+        spans, position = [], 1
+        for entry in self.rounds:
+            committed = min(entry.accepted + 1, self.tokens - position)
+            spans.append((position, committed))
+            position += committed
+        return spans
 
 
 class Divergence(Fact):
@@ -114,11 +133,15 @@ class Divergence(Fact):
 
 
 class Output(Fact):
-    """What was generated for one prompt, compared with autoregressive decoding."""
+    """What was generated for one prompt, compared with autoregressive decoding.
+
+    `repeated_8grams` is what the function of that name says of `tokens`.
+    """
 
     prompt: NonNegativeInt
     prompt_tokens: PositiveInt
     tokens: list[NonNegativeInt]
+    repeated_8grams: Share
     equal: bool
     divergence: Divergence | None
 
@@ -128,6 +151,15 @@ class Output(Fact):
             raise ValueError("divergence must be given exactly when equal is false")
         return self
 
+    @model_validator(mode="after")
+    def _repetition_is_of_the_tokens(self) -> Self:
+        if self.repeated_8grams != (share := repeated_8grams(self.tokens)):
+            raise ValueError(
+                f"repeated_8grams must be {share}, as its tokens say, got {self.repeated_8grams}: "
+                "the file was edited"
+            )
+        return self
+
 
 class DepthCount(Fact):
     """Rounds that offered a node at `depth`, and rounds that accepted one there."""
@@ -135,6 +167,15 @@ class DepthCount(Fact):
     depth: PositiveInt
     offered: NonNegativeInt
     accepted: NonNegativeInt
+
+    @model_validator(mode="after")
+    def _accepts_what_was_offered(self) -> Self:
+        if self.accepted > self.offered:
+            raise ValueError(
+                f"depth {self.depth}: accepted {self.accepted} of {self.offered} offered is above "
+                "100 %"
+            )
+        return self
 
 
 class Totals(Fact):
@@ -175,7 +216,7 @@ class RuntimeFacts(Fact):
 class RunResult(Fact):
     """One measured configuration."""
 
-    schema_version: Literal[2] = SCHEMA_VERSION
+    schema_version: Literal[3] = SCHEMA_VERSION
     spec: RunSpec
     spec_digest: str
     source_digest: str
@@ -247,6 +288,17 @@ def totals(records: list[RunRecord]) -> Totals:
         ngram_nodes=sum(entry.ngram_nodes for entry in rounds),
         ngram_accepted=sum(entry.ngram_accepted for entry in rounds),
     )
+
+
+def repeated_8grams(tokens: Sequence[int]) -> float:
+    """Share of the 8-grams of `tokens` that occurred in it before.
+
+    T tokens hold T - 7 windows of 8 successive tokens, overlapping ones included. Those equal to
+    a window that begins earlier are counted and divided by T - 7. Fewer than 8 tokens hold no
+    window: 0.0. Text that loops with a period of p tokens repeats all windows but the first p.
+    """
+    windows = [tuple(tokens[at : at + NGRAM]) for at in range(len(tokens) - NGRAM + 1)]
+    return (len(windows) - len(set(windows))) / len(windows) if windows else 0.0
 
 
 def records_digest(records: list[RunRecord]) -> str:
