@@ -63,14 +63,15 @@ def test_a_sweep_is_a_row_that_measures_all_of_its_candidates(data):
     candidates = [f"linear_k{count}" for count in (2, 3, 4, 6, 8)]
     assert config.candidates("linear_tuned") == candidates
     assert [config.strategy(name).num_draft_tokens for name in candidates] == [2, 3, 4, 6, 8]
-    # It is in no table yet, so nothing is measured for it.
-    assert "linear_k2" not in config.measured
+    assert set(candidates) <= set(config.measured)
+    del data["sections"]
+    put(data, "tables", {})
     put(data, "tables.forward", ["ar", "linear_tuned", "dynatree"])
     put(data, "tables.backward", ["dynatree", "linear_tuned", "linear_tuned2"])
     put(data, "sweeps.linear_tuned2", {"best_of": ["tree_depth1", "tree_unpruned"]})
     config = parse_config(data)
     assert config.measured == ["ar", *candidates, "dynatree", "tree_depth1", "tree_unpruned"]
-    assert config.label("linear_tuned", "forward") == "+ draft model, tuned linear"
+    assert config.label("linear_tuned", "beyond") == "Tuned linear draft"
     assert config.label("linear_tuned", "backward") == "linear_tuned"
     assert parse_config(yaml.safe_load(config.canonical())) == config
 
@@ -228,3 +229,26 @@ def test_the_order_of_the_tables_counts_and_no_other(data):
     assert parse_config(copy.deepcopy(data)).canonical() == config.canonical()
     data["tables"] = dict(reversed(data["tables"].items()))
     assert parse_config(data).canonical() != config.canonical()
+
+
+def test_a_section_has_its_own_tables_only(data):
+    config = parse_config(data)
+    assert list(config.sections) == ["ablation", "families"]
+    ablation = config.section("ablation")
+    assert list(ablation.tables) == ["forward", "backward"]
+    assert set(ablation.measured) < set(config.measured)
+    # What another section shows is no reason to make this one again.
+    put(data, "tables.adaptive", ["tree_fixed"])
+    assert parse_config(data).section("ablation").canonical() == ablation.canonical()
+    assert parse_config(yaml.safe_load(ablation.canonical())) == ablation
+
+
+def test_without_sections_all_tables_are_the_ablation(data):
+    del data["sections"]
+    assert parse_config(data).sections == {"ablation": list(data["tables"])}
+
+
+def test_a_section_of_an_unknown_table_is_refused(data):
+    put(data, "sections.families", ["adaptve"])
+    with pytest.raises(ConfigError, match=r"sections\.families\.0: unknown table .*'adaptive'"):
+        parse_config(data)
