@@ -63,7 +63,8 @@ class Control(Fact):
     Attributes:
         rows: of the largest batch.
         noise: largest change, against the oracle's forwards of the same tokens, of the lead of the
-            best token over one of its nearest rivals (logits).
+            best token over one of its nearest rivals (logits); at least the rounding of the best
+            logit itself.
         departure: the first token that the target chooses differently because of the batches.
     """
 
@@ -169,7 +170,9 @@ class Certificate(Fact):
         prompts, exact = set(range(len(self.spec.prompts))), self.spec.models.dtype == "float32"
         for check in self.configurations:
             if {output.prompt for output in check.greedy.outputs} != prompts:
-                raise ValueError(f"{check.name}: outputs of all {len(prompts)} prompts must be given")
+                raise ValueError(
+                    f"{check.name}: outputs of all {len(prompts)} prompts must be given"
+                )
             controlled = [control.prompt for control in check.greedy.controls]
             if controlled != ([] if exact else sorted(prompts)):
                 raise ValueError(

@@ -58,9 +58,7 @@ class Case:
     logits: Tensor
 
 
-def certify(
-    spec: CertificateSpec, pair: Pair, progress: Progress = lambda _: None
-) -> Certificate:
+def certify(spec: CertificateSpec, pair: Pair, progress: Progress = lambda _: None) -> Certificate:
     """Compares every configuration of `spec` with the oracle; never raises because one differs.
 
     Args:
@@ -215,12 +213,15 @@ def control(target: PreTrainedModel, case: Case, rows: Sequence[int]) -> Control
     shaped = torch.stack(logits).float()
     rivals = case.logits.topk(min(1 + RIVALS, case.logits.shape[-1])).indices
     change = (shaped - case.logits).gather(-1, rivals)
+    noise = (change[:, :1] - change).abs().max()
+    # Where a batch happens to change nothing, the logits are still rounded.
+    rounding = torch.finfo(target.dtype).eps * case.logits.amax(dim=-1).abs().max()
     choices = shaped.argmax(dim=-1).tolist()
     other = next((i for i, token in enumerate(case.tokens) if choices[i] != token), None)
     return Control(
         prompt=case.index,
         rows=max(sizes),
-        noise=float((change[:, :1] - change).abs().max()),
+        noise=float(torch.maximum(noise, rounding)),
         departure=None
         if other is None
         else _departure(other, case.logits[other:], choices[other:]),
