@@ -12,6 +12,7 @@ configfile: "config.yaml"
 include: "rules/common.smk"
 include: "rules/pairs.smk"
 include: "rules/measure.smk"
+include: "rules/certify.smk"
 include: "rules/paper.smk"
 
 

@@ -13,6 +13,7 @@ except ConfigError as error:
     raise WorkflowError(str(error)) from None
 
 PAIR_FOLDER = f"results/pairs/{STUDY.pair}"
+CERTIFICATE = "results/certificate.json"
 SECTIONS = list(STUDY.sections)
 
 
@@ -21,9 +22,9 @@ wildcard_constraints:
 
 
 def section_runs(section):
-    """The results that the tables of a section need."""
+    """The results that the tables of a section need, the certificate among them."""
     names = STUDY.section(section).measured
-    return [f"results/runs/{STUDY.pair}/{name}.json" for name in names]
+    return [CERTIFICATE, *(f"results/runs/{STUDY.pair}/{name}.json" for name in names)]
 
 
 def section_study(wildcards):
@@ -50,10 +51,12 @@ TRAINING = (
     else []
 )
 MEASURING = ["scripts/measure.py", *imported_sources("scripts/measure.py")]
+CERTIFYING = ["scripts/certify.py", *imported_sources("scripts/certify.py")]
 AGGREGATING = [
     "scripts/aggregate.py",
     *imported_sources("scripts/aggregate.py"),
     *MEASURING,
+    *CERTIFYING,
     *TRAINING,
 ]
 

@@ -8,6 +8,7 @@ rule aggregate:
         script="scripts/aggregate.py",
         sources=imported_sources("scripts/aggregate.py"),
         measured_by=MEASURING,
+        certified_by=CERTIFYING,
         trained_by=TRAINING,
         runs=lambda wildcards: section_runs(wildcards.section),
     output:
@@ -20,8 +21,11 @@ rule aggregate:
     params:
         study=section_study,
         source_digest=source_digest(PACKAGE / "measure.py"),
+        certificate=CERTIFICATE,
+        certifying_digest=source_digest(PACKAGE / "certify.py"),
     shell:
         "python {input.script} --config {params.study:q} --source-digest {params.source_digest} "
+        "--certificate {params.certificate} --certifying-digest {params.certifying_digest} "
         "--results results/runs --json {output.json} --csv {output.csv} 2>&1 | tee {log}"
 
 

@@ -5,5 +5,5 @@ folder=$1
 mkdir -p "$folder"
 rm -rf "$folder/runs"
 cp -r results/runs "$folder/runs"
-cp results/ablation.json results/ablation.csv paper/ablation.tex paper/figures/ablation.png "$folder/"
+cp results/certificate.json results/ablation.json results/ablation.csv paper/ablation.tex paper/figures/ablation.png "$folder/"
 python scripts/update_readme.py --readme README.md --reference "$folder" --benchmarks bench/results

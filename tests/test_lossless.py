@@ -17,13 +17,11 @@ from models import (
     prompt,
     target_of,
 )
+from mutations import MUTATIONS
 
 import dynatree
-from dynatree.accept import Accepted
 from dynatree.cache import SlotCache
 from dynatree.errors import DecodeError
-from dynatree.runner import ModelRunner
-from dynatree.tree import DraftTree
 
 WIDE = dynatree.Tree(depth=3, branch_factor=3, prune_threshold=0.0, node_budget=256)
 
@@ -186,63 +184,8 @@ def test_custom_generate_refuses_what_it_does_not_do(options, message):
         )
 
 
-def breadth_first_positions(monkeypatch):
-    forward = ModelRunner.forward
-
-    def broken(self, tokens, positions, *args, **kwargs):
-        return forward(self, tokens, positions[0] + torch.arange(len(positions)), *args, **kwargs)
-
-    monkeypatch.setattr(ModelRunner, "forward", broken)
-
-
-def siblings_see_each_other(monkeypatch):
-    attention_mask = DraftTree.attention_mask
-
-    def broken(self, start, stop, columns):
-        mask = attention_mask(self, start, stop, columns)
-        nodes = self.parents[: self.size]
-        siblings = nodes[start:stop, None] == nodes[None]
-        siblings[:, 0] = False
-        siblings[self.depths[start:stop] == 0] = False
-        root = int((columns == 0).sum())
-        mask[:, root : root + self.size] |= siblings
-        return mask
-
-    monkeypatch.setattr(DraftTree, "attention_mask", broken)
-
-
-def accepted_path_not_gathered(monkeypatch):
-    monkeypatch.setattr(SlotCache, "gather", lambda self, sources, destinations: None)
-
-
-def parents_not_asked(monkeypatch):
-    def broken(tree, choices, longest):
-        size = len(choices)
-        agreed = choices[tree.parents[:size]] == tree.tokens[:size]
-        agreed[0] = True
-        last = agreed.nonzero()[-1, 0]
-        path = tree.ancestors[last, :size].nonzero().flatten()
-        tokens = torch.cat((tree.tokens[path[1:]], choices[last : last + 1]))
-        return Accepted(path, tokens, torch.tensor([len(tokens)]))
-
-    monkeypatch.setattr("dynatree.decode.accept_greedy", broken)
-
-
-def tokens_past_eos(monkeypatch):
-    monkeypatch.setattr("dynatree.decode._as_set", lambda eos: frozenset())
-
-
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(
-    "mutate",
-    [
-        breadth_first_positions,
-        siblings_see_each_other,
-        accepted_path_not_gathered,
-        parents_not_asked,
-        tokens_past_eos,
-    ],
-)
+@pytest.mark.parametrize("mutate", MUTATIONS.values(), ids=MUTATIONS)
 def test_a_broken_engine_is_noticed(mutate, family, monkeypatch):
     """Losslessness is only worth as much as the mistakes it catches: one at a time."""
     target, draft = target_of(family), draft_of(family, "noisy")

@@ -16,6 +16,7 @@ from pydantic import (
     model_validator,
 )
 
+from dynatree.certificate import Lossless
 from dynatree.facts import Fact, read_facts, write_facts
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -124,6 +125,7 @@ class ConfigurationFacts(Fact):
         unequal_prompts: outputs that differ from autoregressive decoding.
         largest_gap: over these, the largest difference of the target's two largest logits at
             the first differing token; None when every output is equal.
+        lossless: what the certificate found; None when there was none.
     """
 
     name: str
@@ -148,6 +150,7 @@ class ConfigurationFacts(Fact):
     peak_memory_bytes: PositiveInt
     unequal_prompts: NonNegativeInt
     largest_gap: NonNegativeFloat | None
+    lossless: Lossless | None = None
     threads: PositiveInt
     commit: str | None
     dirty: bool | None

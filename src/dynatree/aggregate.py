@@ -40,7 +40,8 @@ from dynatree.ablation import (
     Sweep,
     Table,
 )
-from dynatree.config import Config, Models, ModelSource, RunSpec, Transformer
+from dynatree.certificate import Lossless, read_certificate
+from dynatree.config import Config, Models, ModelSource, RunSpec, Spec, Transformer
 from dynatree.errors import ResultError
 from dynatree.estimates import Floats, estimate, geometric_mean, median, paired_ratios
 from dynatree.results import Method, RunResult, read_result
@@ -69,17 +70,25 @@ class _Provenance(BaseModel):
     git: _Git
 
 
-def aggregate(config: Config, results_dir: Path, source_digest: str) -> Ablation:
+def aggregate(
+    config: Config,
+    results_dir: Path,
+    source_digest: str,
+    certificate: tuple[Path, str] | None = None,
+) -> Ablation:
     """Aggregates the result of every configuration that some table needs.
 
     Args:
         config: the study; says which results are current.
         results_dir: holds `<pair>/<name>.json`.
         source_digest: digest of the code that measures (hex); other code's results are refused.
+        certificate: the file of the losslessness certificate, and the digest of the code that
+            makes it; without one, no row is said to be lossless.
 
     Raises:
-        ResultError: a result is missing, damaged, of another specification or other code, or
-            the results come from different weights or devices.
+        ResultError: a result or the certificate is missing, damaged, of another specification or
+            other code, or they come from different weights or devices.
+        LosslessError: the certificate says that a configuration is not lossless.
     """
     paths = {name: results_dir / config.pair / f"{name}.json" for name in config.measured}
     results = {
@@ -88,6 +97,8 @@ def aggregate(config: Config, results_dir: Path, source_digest: str) -> Ablation
     origins = {name: _origin(paths[name], result) for name, result in results.items()}
     _same_weights(results, paths)
     _same_device(origins, paths)
+    weights = next(iter(results.values())).pair_digest
+    certified = _certified(config, *certificate, weights) if certificate else {}
     speedups = {name: _prompt_speedups(result) for name, result in results.items()}
     used = dict.fromkeys(row for rows in config.tables.values() for row in rows)
     winners = {row: _fastest(config.candidates(row), speedups) for row in used}
@@ -106,7 +117,7 @@ def aggregate(config: Config, results_dir: Path, source_digest: str) -> Ablation
             max_new_tokens=config.measurement.max_new_tokens,
         ),
         configurations=[
-            _facts(config, name, result, origins[name], speedups[name])
+            _facts(config, name, result, origins[name], speedups[name], certified.get(name))
             for name, result in results.items()
         ],
         sweeps=[
@@ -156,6 +167,7 @@ def to_csv(ablation: Ablation) -> str:
                 "first_token_seconds",
                 "peak_memory_bytes",
                 "unequal_prompts",
+                "lossless",
                 "threads",
                 "commit",
                 "dirty",
@@ -177,22 +189,57 @@ def to_csv(ablation: Ablation) -> str:
 
 def _current(path: Path, spec: RunSpec, source_digest: str) -> RunResult:
     result = read_result(path)
-    if result.spec_digest != spec.digest:
-        differences = _differences(
-            result.spec.model_dump(mode="json"), spec.model_dump(mode="json")
-        )
-        shown = "; ".join(differences[:SHOWN_DIFFERENCES])
-        more = len(differences) - SHOWN_DIFFERENCES
-        raise ResultError(
-            f"{path}: measured with another configuration ({shown}"
-            f"{f'; and {more} more' if more > 0 else ''}); remove it and run: snakemake {path}"
-        )
-    if result.source_digest != source_digest:
-        raise ResultError(
-            f"{path}: measured by other code (source digest {result.source_digest[:12]}, now "
-            f"{source_digest[:12]}); remove it and run: snakemake {path}"
-        )
+    _same_spec(path, result.spec, spec)
+    _same_code(path, result.source_digest, source_digest)
     return result
+
+
+def _certified(
+    config: Config, path: Path, source_digest: str, pair_digest: str
+) -> dict[str, Lossless]:
+    """What a certificate of this study, code and weights found, by configuration."""
+    certificate = read_certificate(path)
+    # It may hold the configurations of other sections as well.
+    strategies = {
+        name: strategy
+        for name, strategy in certificate.spec.strategies.items()
+        if name in config.measured
+    }
+    made = certificate.spec.model_copy(update={"strategies": strategies})
+    _same_spec(path, made, config.certificate_spec(config.measured))
+    _same_code(path, certificate.source_digest, source_digest)
+    if certificate.pair_digest != pair_digest:
+        raise ResultError(
+            f"{path}: measured with other model weights (pair digest "
+            f"{certificate.pair_digest[:12]}) than the results ({pair_digest[:12]}); remove it and "
+            f"run: snakemake {path}"
+        )
+    certificate.require()
+    return {
+        check.name: check.verdict
+        for check in certificate.configurations
+        if check.verdict != "failed"
+    }
+
+
+def _same_spec(path: Path, measured: Spec, configured: Spec) -> None:
+    if measured.digest == configured.digest:
+        return
+    differences = _differences(measured.model_dump(mode="json"), configured.model_dump(mode="json"))
+    shown = "; ".join(differences[:SHOWN_DIFFERENCES])
+    more = len(differences) - SHOWN_DIFFERENCES
+    raise ResultError(
+        f"{path}: measured with another configuration ({shown}"
+        f"{f'; and {more} more' if more > 0 else ''}); remove it and run: snakemake {path}"
+    )
+
+
+def _same_code(path: Path, measured: str, current: str) -> None:
+    if measured != current:
+        raise ResultError(
+            f"{path}: measured by other code (source digest {measured[:12]}, now "
+            f"{current[:12]}); remove it and run: snakemake {path}"
+        )
 
 
 def _differences(measured: Any, configured: Any, path: str = "") -> list[str]:
@@ -319,7 +366,12 @@ def _later_change(counts: npt.NDArray[np.int64]) -> Estimate | None:
 
 
 def _facts(
-    config: Config, name: str, result: RunResult, origin: _Provenance, speedups: Floats
+    config: Config,
+    name: str,
+    result: RunResult,
+    origin: _Provenance,
+    speedups: Floats,
+    lossless: Lossless | None,
 ) -> ConfigurationFacts:
     records = result.of("strategy")
     rounds = [entry for record in records for entry in record.rounds]
@@ -370,6 +422,7 @@ def _facts(
         largest_gap=max(
             (output.divergence.gap for output in result.outputs if output.divergence), default=None
         ),
+        lossless=lossless,
         threads=origin.device.threads,
         commit=origin.git.commit,
         dirty=origin.git.dirty,

@@ -7,7 +7,7 @@ There is no second schema. `load_config` either returns a `Config` that can be r
 import difflib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
@@ -171,6 +171,13 @@ class Measure(Section):
     seed: int = 0
 
 
+class Certification(Section):
+    """What the losslessness certificate compares: the first `prompts` prompts of the workload."""
+
+    prompts: Count = 8
+    max_new_tokens: Count = 64
+
+
 class Models(Section):
     """A target and a draft model: two sources, or the recipe that trains both."""
 
@@ -228,17 +235,11 @@ class Sweep(Section):
     labels: dict[Name, Text] = {}
 
 
-class RunSpec(Section):
-    """Everything that the measurement of one configuration depends on, and nothing else.
+class Spec(Section):
+    """Everything that a job depends on, and nothing else: its outcome is stale when this changes."""
 
-    A measurement is stale exactly when the digest of its spec (or of its code) has changed.
-    """
-
-    name: Name
     pair: Name
     models: Models
-    strategy: Strategy
-    measure: Measure
     prompts: Annotated[list[Text], Field(min_length=1)]
 
     def canonical(self) -> str:
@@ -251,6 +252,21 @@ class RunSpec(Section):
         return digest(self.model_dump(mode="json"))
 
 
+class RunSpec(Spec):
+    """What the measurement of one configuration depends on."""
+
+    name: Name
+    strategy: Strategy
+    measure: Measure
+
+
+class CertificateSpec(Spec):
+    """What the losslessness certificate of some configurations depends on."""
+
+    strategies: Annotated[dict[Name, Strategy], Field(min_length=1)]
+    max_new_tokens: Count
+
+
 class Config(Section):
     """A whole, valid `config.yaml`."""
 
@@ -258,6 +274,7 @@ class Config(Section):
     pairs: Annotated[dict[Name, PairSpec], Field(min_length=1)]
     workloads: Annotated[dict[Name, Workload], Field(min_length=1)]
     measure: Measure
+    certificate: Certification = Certification()
     configs: Annotated[dict[Name, RunConfig], Field(min_length=1)]
     sweeps: dict[Name, Sweep] = {}
     tables: Annotated[dict[Name, Annotated[list[Name], Field(min_length=1)]], Field(min_length=1)]
@@ -407,6 +424,18 @@ class Config(Section):
             }
         )
 
+    def certificate_spec(self, names: Sequence[str]) -> CertificateSpec:
+        """What the certificate of the configurations `names` depends on."""
+        return CertificateSpec.model_validate(
+            {
+                "pair": self.pair,
+                "models": self.pair_spec.model_dump(include=set(Models.model_fields)),
+                "strategies": {name: self.strategy(name).model_dump() for name in names},
+                "prompts": self.workload.prompts[: self.certificate.prompts],
+                "max_new_tokens": self.certificate.max_new_tokens,
+            }
+        )
+
 
 def canonical(data: Any) -> str:
     """One JSON text for equal data, whatever the order of its keys."""
@@ -425,6 +454,11 @@ def parse_spec(text: str) -> RunSpec:
         ConfigError: with the path of each wrong key, its value and the fix.
     """
     return _parse_json(RunSpec, text, "run specification")
+
+
+def parse_certificate_spec(text: str) -> CertificateSpec:
+    """Reads back the canonical JSON of a certificate's spec; raises as `parse_spec`."""
+    return _parse_json(CertificateSpec, text, "certificate specification")
 
 
 def parse_recipe(text: str) -> Recipe:

@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from dynatree.config import RunSpec, digest
+from dynatree.config import RunSpec, Spec, digest
 from dynatree.decode import Decoder, Generation
 from dynatree.errors import DecodeError, LosslessError
 from dynatree.pairs import Pair
@@ -122,7 +122,7 @@ def measure(spec: RunSpec, pair: Pair, progress: Progress = lambda *_: None) -> 
     )
 
 
-def encode_prompts(spec: RunSpec, pair: Pair) -> list[Tensor]:
+def encode_prompts(spec: Spec, pair: Pair) -> list[Tensor]:
     """The prompts as int64 [L] on the pair's device.
 
     Raises:

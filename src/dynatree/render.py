@@ -110,6 +110,7 @@ def render(ablation: Ablation, template: Path) -> str:
     environment.filters |= {
         "breakable": breakable,
         "change": _change,
+        "certified": _certified,
         "count": _count,
         "identifier": Tex,
         "interval": _interval,
@@ -233,6 +234,11 @@ def _count(numbers: int | list[int], noun: str) -> str:
     """`1 prompt`, `8 prompts`, `2 or 4 threads`."""
     listed = [numbers] if isinstance(numbers, int) else numbers
     return f"{' or '.join(map(str, listed))} {noun}{'' if listed == [1] else 's'}"
+
+
+def _certified(lossless: str | None) -> str:
+    """A table cell: what the certificate found; see `dynatree.certificate`."""
+    return {"equal": "exact", "noise": "to rounding", None: "--"}[lossless]
 
 
 def _tuning(overrides: list[Override]) -> str:

@@ -1,0 +1,23 @@
+"""The losslessness certificate of every configuration that a table needs, in one job."""
+
+
+rule certify:
+    input:
+        script="scripts/certify.py",
+        sources=imported_sources("scripts/certify.py"),
+        trained_by=TRAINING,
+        pair=PAIR_FILES,
+    output:
+        CERTIFICATE,
+    log:
+        "results/logs/certify.log",
+    conda:
+        "../envs/dynatree.yaml"
+    threads: workflow.cores
+    resources:
+        gpu=1,
+    params:
+        spec=STUDY.certificate_spec(STUDY.measured).canonical(),
+    shell:
+        "python {input.script} --spec {params.spec:q} --threads {threads} --out {output} "
+        "2>&1 | tee {log}"
