@@ -7,6 +7,7 @@ import pytest
 import yaml
 from micro_pair import micro, study  # noqa: F401 - a fixture
 
+from dynatree.certificate import read_certificate
 from dynatree.cli import app
 from dynatree.results import read_result
 
@@ -96,3 +97,26 @@ def test_errors_are_one_message_without_a_traceback(run, arguments, message):
     assert code != 0
     assert message in err
     assert "Traceback" not in err
+
+
+def test_certify_writes_the_certificate_and_says_so(run, tmp_path):
+    code, out, _ = run("certify", "--tokens", "6", "--configs", "dynatree,ar")
+    assert code == 0
+    assert "dynatree: equal" in out
+    certificate = read_certificate(tmp_path / "results/certificate.json")
+    assert certificate.passed
+    assert list(certificate.spec.strategies) == ["dynatree", "ar"]
+
+
+def test_certify_fails_where_the_engine_does(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("dynatree.decode._as_set", lambda eos: frozenset())
+    code, _, err = run("certify", "--tokens", "6", "--configs", "ar")
+    assert code == 1
+    assert "not lossless" in err
+    assert not read_certificate(tmp_path / "results/certificate.json").passed
+
+
+def test_certify_names_an_unknown_configuration(run):
+    code, _, err = run("certify", "--configs", "dynatre")
+    assert code == 1
+    assert "unknown configuration 'dynatre'; did you mean 'dynatree'?" in err

@@ -9,9 +9,9 @@ through batches of the sizes that the strategy's verifications had. The criterio
     tokens, or falls short of the oracle's best logit by no more than `SAFETY` times the control's
     noise, the largest change of the best token's lead over a rival that the shape alone caused.
 
-A token b replaces the oracle's a only where the lead of a over b changed by all of that lead, so one
-time the noise would do if the control had met the worst case; `SAFETY` allows that it did not. An
-output that ends too early, or goes on past its end, never passes.
+A token b replaces the oracle's a only where the lead of a over b changed by all of that lead, so
+one time the noise would do if the control had met the worst case; `SAFETY` allows that it did not.
+An output that ends too early, or goes on past its end, never passes.
 
 It imports no models, so that a table can be made from a certificate without them.
 """

@@ -8,7 +8,7 @@ outcome is a field of `ConfigurationCheck`.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import cycle, islice
+from itertools import cycle
 
 import torch
 from torch import Tensor
@@ -194,7 +194,7 @@ def control(target: PreTrainedModel, case: Case, rows: Sequence[int]) -> Control
     output = target(case.prompt[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
     logits = [output.logits[0, 0]]
     sizes = [max(2, count) for count in rows] or [2]
-    for token, count in zip(case.tokens[:-1], islice(cycle(sizes), len(case.tokens) - 1)):
+    for token, count in zip(case.tokens[:-1], cycle(sizes), strict=False):
         position = cache.get_seq_length()
         own = torch.eye(count, dtype=torch.bool, device=target.device)
         seen = torch.cat((own.new_ones(count, position), own), dim=-1)

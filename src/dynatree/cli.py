@@ -1,4 +1,4 @@
-"""The `dynatree` command: decode a prompt, or measure one configuration, outside the pipeline."""
+"""The `dynatree` command: decode a prompt, measure or certify, outside the pipeline."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -138,6 +138,43 @@ def measure(
     if out is not None:
         write_result(out, result)
         console.print(f"written to {out}")
+
+
+@typer_app.command()
+def certify(
+    configs: Annotated[
+        str | None, typer.Option(help="Configurations, with commas; default: those of all tables.")
+    ] = None,
+    prompts: Annotated[int | None, typer.Option(help="Compare the first prompts only.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="New tokens per prompt.")] = None,
+    config: ConfigFile = Path("config.yaml"),
+    pair: PairName = None,
+    threads: Threads = None,
+    out: Annotated[Path, typer.Option(help="Where the certificate goes.")] = Path(
+        "results/certificate.json"
+    ),
+) -> None:
+    """Compares configurations with plain `generate`; fails where a difference is no rounding."""
+    data: dict[str, Any] = load_config(config).model_dump()
+    data["pair"] = pair or data["pair"]
+    data["certificate"] |= _given({"prompts": prompts, "max_new_tokens": tokens})
+    study = parse_config(data, "command line")
+    names = study.measured if configs is None else configs.split(",")
+    spec = study.certificate_spec(names)
+    from dynatree.certificate import write_certificate
+    from dynatree.certify import certify as certify_spec
+    from dynatree.pairs import load_models
+
+    _use_threads(threads)
+    console = Console()
+    certificate = certify_spec(
+        spec,
+        load_models(spec.pair, spec.models),
+        lambda check: console.print(f"{check.name}: {check.verdict}"),
+    )
+    write_certificate(out, certificate)
+    certificate.require()
+    console.print(f"lossless; certificate written to {out}")
 
 
 def _spec(

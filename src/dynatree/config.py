@@ -236,7 +236,7 @@ class Sweep(Section):
 
 
 class Spec(Section):
-    """Everything that a job depends on, and nothing else: its outcome is stale when this changes."""
+    """Everything that a job depends on, and nothing else: when it changes, the outcome is stale."""
 
     pair: Name
     models: Models

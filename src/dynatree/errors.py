@@ -25,7 +25,7 @@ class ResultError(DynaTreeError):
 
 
 class LosslessError(DynaTreeError):
-    """A strategy's output differs from the target's own, and rounding does not explain it: a bug."""
+    """A strategy's output differs from the target's own and rounding does not explain it: a bug."""
 
 
 def reporting(main: Callable[[], None]) -> None:
