@@ -5,5 +5,9 @@ folder=$1
 mkdir -p "$folder"
 rm -rf "$folder/runs"
 cp -r results/runs "$folder/runs"
-cp results/certificate.json results/ablation.json results/ablation.csv paper/ablation.tex paper/figures/ablation.png "$folder/"
+cp results/certificate.json "$folder/"
+for section in ablation families; do
+    cp "results/$section.json" "results/$section.csv" "paper/$section.tex" \
+        "paper/figures/$section.png" "$folder/"
+done
 python scripts/update_readme.py --readme README.md --reference "$folder" --benchmarks bench/results

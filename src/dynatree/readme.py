@@ -6,26 +6,35 @@ from pathlib import Path
 from dynatree.ablation import Ablation, Estimate, read_ablation
 from dynatree.errors import ResultError
 
-BEGIN, END = "<!-- reference:begin -->", "<!-- reference:end -->"
+REFERENCE = re.compile(
+    r"(<!-- reference:(?P<name>[\w-]+) -->\n).*?(<!-- reference:end -->)", re.DOTALL
+)
+"""What stands between these markers is made from the section of that name."""
+
 BENCHMARK = re.compile(r"(<!-- bench:(?P<name>[\w.-]+) -->\n).*?(<!-- bench:end -->)", re.DOTALL)
 """What stands between these markers is the Markdown that a benchmark wrote under that name."""
 
 
-def with_reference(readme: str, ablation: Ablation, folder: str) -> str:
-    """`readme` with the text between its markers made from `ablation`, which lies in `folder`.
+def with_reference(readme: str, folder: Path) -> str:
+    """`readme` with the text between its markers made from the aggregates in `folder`.
 
     Raises:
-        ResultError: a marker is missing.
+        ResultError: there are no markers, or a named section has no aggregate.
     """
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
-        raise ResultError(f"README.md: needs {BEGIN} and {END} once each; put them back")
-    before, rest = readme.split(BEGIN)
-    after = rest.split(END)[1]
-    return f"{before}{BEGIN}\n{reference(ablation, folder)}\n{END}{after}"
+    if not REFERENCE.search(readme):
+        raise ResultError("README.md: has no <!-- reference:ablation --> marker; put it back")
+
+    def section(match: re.Match[str]) -> str:
+        name = match["name"]
+        text = reference(read_ablation(folder / f"{name}.json"), f"{folder.as_posix()}/{name}.png")
+        return f"{match[1]}{text}\n{match[3]}"
+
+    return REFERENCE.sub(section, readme)
 
 
-def reference(ablation: Ablation, folder: str) -> str:
-    """The measured table and figure in Markdown."""
+def reference(ablation: Ablation, figure: str) -> str:
+    """The measured table in Markdown, and its figure, which lies beside the aggregate."""
+    folder = figure.rpartition("/")[0]
     setting = ablation.setting
     threads = sorted({facts.threads for facts in ablation.configurations})
     unequal = sum(facts.unequal_prompts for facts in ablation.configurations)
@@ -55,7 +64,7 @@ def reference(ablation: Ablation, folder: str) -> str:
         f"95 % intervals over prompts. {unequal} of {outputs} outputs differ from autoregressive "
         f"decoding. Results and provenance: [`{folder}/`]({folder}).",
         "",
-        f"![Throughput and speedup of each configuration]({folder}/ablation.png)",
+        f"![Throughput and speedup of each configuration]({figure})",
     ]
     return "\n".join(lines)
 
@@ -80,11 +89,7 @@ def with_benchmarks(readme: str, folder: Path) -> str:
 
 def update(readme: Path, reference: Path, benchmarks: Path) -> str:
     """The text that `readme` should have, from the results in the two folders."""
-    text = with_reference(
-        readme.read_text(encoding="utf-8"),
-        read_ablation(reference / "ablation.json"),
-        reference.as_posix(),
-    )
+    text = with_reference(readme.read_text(encoding="utf-8"), reference)
     return with_benchmarks(text, benchmarks)
 
 
