@@ -22,6 +22,7 @@ from dynatree.certify import Case, certify, control, departures, oracle
 from dynatree.config import CertificateSpec
 from dynatree.errors import LosslessError, ResultError
 from dynatree.pairs import Pair
+from dynatree.sampling import Sampler
 
 STRATEGIES = {
     "ar": {"strategy": "autoregressive"},
@@ -118,6 +119,8 @@ def test_a_sound_engine_passes_in_float32(family):
         assert all(output.tokens == NEW for output in check.greedy.outputs[::2])
         assert any(output.tokens < NEW for output in check.greedy.outputs[1::2])
         assert check.greedy.limit is None
+        assert check.sampled.outputs == 2 * PROMPTS
+        assert check.sampled.departures == []
         assert check.greedy.controls == []
 
 
@@ -179,7 +182,7 @@ def test_the_control_measures_nothing_but_the_shape():
     noise = {}
     for dtype in ("float32", "bfloat16"):
         target = pair_of("llama", dtype).target
-        case = Case(0, ids, [], *oracle(target, ids, NEW, []))
+        case = Case(0, ids, [], *oracle(target, ids, NEW, []), [])
         found = control(target, case, [41, 1, 7])
         assert found.rows == 41
         noise[dtype] = found.noise
@@ -190,7 +193,7 @@ def test_a_control_of_other_tokens_would_be_noticed():
     """The control's figure is no constant: a wrong position in it shows at once."""
     target, ids = target_of("gpt_neox"), prompt(LENGTH)
     tokens, logits = oracle(target, ids, NEW, [])
-    case = Case(0, ids, [], [*tokens[:5], (tokens[5] + 1) % 40, *tokens[6:]], logits)
+    case = Case(0, ids, [], [*tokens[:5], (tokens[5] + 1) % 40, *tokens[6:]], logits, [])
     found = control(target, case, [3])
     assert found.noise > 0.1
     assert found.departure is not None
@@ -202,7 +205,7 @@ def test_a_control_of_other_tokens_would_be_noticed():
 
 def case_and_output():
     target, ids = target_of("gpt_neox"), prompt(LENGTH)
-    return target, Case(0, ids, [], *oracle(target, ids, NEW, []))
+    return target, Case(0, ids, [], *oracle(target, ids, NEW, []), [])
 
 
 def second_best(case, index):
@@ -248,7 +251,7 @@ def test_an_output_of_another_length_is_never_explained():
     assert (long.index, long.gap, long.shortfall) == (NEW, None, None)
     # After an end token that only a near tie has put there, nothing may follow either.
     end = second_best(case, 4)
-    ended = Case(0, case.prompt, [end], case.tokens, case.logits)
+    ended = Case(0, case.prompt, [end], case.tokens, case.logits, [])
     begun = [*case.tokens[:4], end]
     assert [d.index for d in departures(target, ended, begun, NEW, limit=100.0)] == [4]
     late = departures(target, ended, [*begun, 1], NEW, limit=100.0)
@@ -308,3 +311,22 @@ def test_an_edited_certificate_is_refused(certificate, edit):
     edit(data)
     with pytest.raises(ValidationError):
         Certificate.model_validate_json(json.dumps(data))
+
+
+def test_noise_of_another_position_fails_the_sampling_check(monkeypatch):
+    choose = Sampler.choose
+
+    def broken(self, logits, position, depths, origins):
+        return choose(self, logits, position, torch.zeros_like(depths), origins)
+
+    monkeypatch.setattr(Sampler, "choose", broken)
+    certificate = certify(spec(), pair_of("llama"))
+    assert verdicts(certificate) == {"ar": "equal", "tree": "failed"}
+    check = check_of(certificate, "tree")
+    assert check.greedy.verdict() == "equal"
+    assert "sampled with seed 0" in check.reasons[0]
+
+
+def test_sampling_is_not_compared_in_16_bits():
+    certificate = certify(spec("bfloat16"), pair_of("llama", "bfloat16"))
+    assert [check.sampled for check in certificate.configurations] == [None, None]

@@ -24,6 +24,7 @@ from pydantic import (
     Field,
     NonNegativeFloat,
     NonNegativeInt,
+    PositiveFloat,
     PositiveInt,
     model_validator,
 )
@@ -135,17 +136,61 @@ class GreedyCheck(Fact):
         return "noise" if any(output.departures for output in self.outputs) else "equal"
 
 
+class SampledDeparture(Fact):
+    """Where a sampled output first differs from the oracle's with the same noise."""
+
+    prompt: NonNegativeInt
+    index: NonNegativeInt
+
+
+class SampledCheck(Fact):
+    """Coupled sampling, compared with `generate` that chooses each token with the same noise.
+
+    Attributes:
+        outputs: compared; the seed is the index of the prompt.
+    """
+
+    temperature: PositiveFloat
+    top_p: PositiveFloat
+    outputs: PositiveInt
+    departures: list[SampledDeparture]
+
+    def reasons(self) -> list[str]:
+        """Why this check fails, one line for each output that differs."""
+        return [
+            f"prompt {one.prompt}, sampled with seed {one.prompt}, token {one.index}: differs from "
+            "generate with the same noise"
+            for one in self.departures
+        ]
+
+
 class ConfigurationCheck(Fact):
-    """All checks of one configuration; `reasons` says why it failed, and is empty otherwise."""
+    """All checks of one configuration; `reasons` says why it failed, and is empty otherwise.
+
+    Sampling is compared in float32 alone: in 16 bits a sampled text soon meets a near tie, and says
+    no more than greedy text does.
+    """
 
     name: str
+    greedy: GreedyCheck
+    sampled: SampledCheck | None
     verdict: Verdict
     reasons: list[str]
-    greedy: GreedyCheck
+
+    @classmethod
+    def of(cls, name: str, greedy: GreedyCheck, sampled: SampledCheck | None) -> Self:
+        """The verdict on what was found."""
+        verdict, reasons = cls._judged(greedy, sampled)
+        return cls(name=name, greedy=greedy, sampled=sampled, verdict=verdict, reasons=reasons)
+
+    @staticmethod
+    def _judged(greedy: GreedyCheck, sampled: SampledCheck | None) -> tuple[Verdict, list[str]]:
+        reasons = greedy.reasons() + (sampled.reasons() if sampled is not None else [])
+        return "failed" if reasons else greedy.verdict(), reasons
 
     @model_validator(mode="after")
     def _verdict_follows(self) -> Self:
-        if (self.verdict, self.reasons) != (self.greedy.verdict(), self.greedy.reasons()):
+        if (self.verdict, self.reasons) != self._judged(self.greedy, self.sampled):
             raise ValueError("verdict and reasons do not follow from the checks: it was edited")
         return self
 
@@ -172,6 +217,10 @@ class Certificate(Fact):
             if {output.prompt for output in check.greedy.outputs} != prompts:
                 raise ValueError(
                     f"{check.name}: outputs of all {len(prompts)} prompts must be given"
+                )
+            if (check.sampled is None) == exact:
+                raise ValueError(
+                    f"{check.name}: sampling must be compared in float32, and only there"
                 )
             controlled = [control.prompt for control in check.greedy.controls]
             if controlled != ([] if exact else sorted(prompts)):

@@ -12,7 +12,13 @@ from itertools import cycle
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+)
 
 from dynatree.certificate import (
     Certificate,
@@ -21,6 +27,8 @@ from dynatree.certificate import (
     Departure,
     GreedyCheck,
     OutputCheck,
+    SampledCheck,
+    SampledDeparture,
     explained,
     noise_limit,
 )
@@ -29,11 +37,15 @@ from dynatree.decode import Decoder
 from dynatree.measure import encode_prompts
 from dynatree.pairs import Pair
 from dynatree.provenance import provenance
+from dynatree.sampling import Sampler, Sampling
 from dynatree.sources import source_digest
 from dynatree.strategies import StrategyBase
 
 RIVALS = 9
 """How many of the tokens after the best one count as its rivals when noise is measured."""
+
+SAMPLING = Sampling(temperature=0.8, top_p=0.95)
+"""How sampled outputs are compared: coupled, so that a seed says which text it must be."""
 
 Progress = Callable[[ConfigurationCheck], None]
 """Called after each configuration."""
@@ -49,6 +61,7 @@ class Case:
         end_tokens: those that end the sequence.
         tokens: the oracle's n new tokens.
         logits: [n, vocabulary] float32, from which it chose them.
+        sampled: its tokens with the noise of coupled sampling, in float32; the seed is `index`.
     """
 
     index: int
@@ -56,6 +69,7 @@ class Case:
     end_tokens: list[int]
     tokens: list[int]
     logits: Tensor
+    sampled: list[int]
 
 
 def certify(spec: CertificateSpec, pair: Pair, progress: Progress = lambda _: None) -> Certificate:
@@ -70,13 +84,13 @@ def certify(spec: CertificateSpec, pair: Pair, progress: Progress = lambda _: No
         DecodeError: a prompt that does not fit, or logits that hold a NaN.
     """
     started = datetime.now(UTC)
-    cases = _cases(spec, pair)
+    exact = spec.models.dtype == "float32"
+    cases = _cases(spec, pair, exact)
     checks = []
     for name, strategy in spec.strategies.items():
         greedy = check_greedy(spec, pair, strategy, cases)
-        check = ConfigurationCheck(
-            name=name, verdict=greedy.verdict(), reasons=greedy.reasons(), greedy=greedy
-        )
+        sampled = check_sampled(spec, pair, strategy, cases) if exact else None
+        check = ConfigurationCheck.of(name, greedy, sampled)
         checks.append(check)
         progress(check)
     return Certificate(
@@ -121,6 +135,44 @@ def check_greedy(
     )
 
 
+def check_sampled(
+    spec: CertificateSpec, pair: Pair, strategy: StrategyBase, cases: Sequence[Case]
+) -> SampledCheck:
+    """Samples every case with `strategy`, coupled, and compares it with the oracle's sample."""
+    longest = max(len(case.prompt) for case in cases) + spec.max_new_tokens
+    decoder = Decoder(pair.target, pair.draft, strategy, longest, spec.models.runtime, SAMPLING)
+    found = []
+    for case in cases:
+        tokens = decoder.decode(
+            case.prompt, spec.max_new_tokens, case.end_tokens, seed=case.index
+        ).tokens
+        if tokens != case.sampled:
+            both = zip(tokens, case.sampled, strict=False)
+            shorter = min(len(tokens), len(case.sampled))
+            at = next((i for i, (one, other) in enumerate(both) if one != other), shorter)
+            found.append(SampledDeparture(prompt=case.index, index=at))
+    return SampledCheck(
+        temperature=SAMPLING.temperature,
+        top_p=SAMPLING.top_p,
+        outputs=len(cases),
+        departures=found,
+    )
+
+
+class _WithNoise(LogitsProcessor):  # type: ignore[misc]
+    """Leaves of the scores what coupled sampling chooses, so that greedy `generate` samples."""
+
+    def __init__(self, seed: int, vocab_size: int, device: torch.device) -> None:
+        self._sampler = Sampler(SAMPLING, vocab_size, 1, 1, 1, device)
+        self._sampler.begin(seed)
+        self._depth = torch.zeros(1, dtype=torch.long, device=device)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        position = self._depth + input_ids.shape[1] - 1
+        _, choice = self._sampler.choose(scores, position, self._depth, None)
+        return torch.full_like(scores, -torch.inf).scatter(1, choice[:, None], 0.0)
+
+
 def departures(
     target: PreTrainedModel,
     case: Case,
@@ -152,9 +204,13 @@ def departures(
 
 
 def oracle(
-    target: PreTrainedModel, prompt: Tensor, max_new_tokens: int, end_tokens: Sequence[int]
+    target: PreTrainedModel,
+    prompt: Tensor,
+    max_new_tokens: int,
+    end_tokens: Sequence[int],
+    processors: Sequence[LogitsProcessor] = (),
 ) -> tuple[list[int], Tensor]:
-    """What plain greedy `generate` goes on with.
+    """What plain greedy `generate` goes on with, after `processors` have seen the logits.
 
     Returns:
         The n new tokens, and the logits [n, vocabulary] in float32 from which it chose them.
@@ -174,6 +230,7 @@ def oracle(
                 return_dict_in_generate=True,
                 output_logits=True,
             ),
+            logits_processor=LogitsProcessorList(processors),
         )
     finally:
         target.generation_config = kept
@@ -228,7 +285,7 @@ def control(target: PreTrainedModel, case: Case, rows: Sequence[int]) -> Control
     )
 
 
-def _cases(spec: CertificateSpec, pair: Pair) -> list[Case]:
+def _cases(spec: CertificateSpec, pair: Pair, exact: bool) -> list[Case]:
     """Each prompt as it is, and once more with an end in the middle of its continuation."""
     cases = []
     eos = pair.tokenizer.eos_token_id
@@ -236,7 +293,11 @@ def _cases(spec: CertificateSpec, pair: Pair) -> list[Case]:
         end_tokens = [] if eos is None else [int(eos)]
         for _ in range(2):
             tokens, logits = oracle(pair.target, prompt, spec.max_new_tokens, end_tokens)
-            cases.append(Case(index, prompt, end_tokens, tokens, logits))
+            sampled: list[int] = []
+            if exact:
+                noise = _WithNoise(index, logits.shape[-1], prompt.device)
+                sampled, _ = oracle(pair.target, prompt, spec.max_new_tokens, end_tokens, [noise])
+            cases.append(Case(index, prompt, end_tokens, tokens, logits, sampled))
             end_tokens = [*end_tokens, tokens[len(tokens) // 2]]
     return cases
 
