@@ -365,7 +365,7 @@ def test_nan_logits_are_noticed(mode):
 # Static shapes.
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", ["ar", "linear", "default", "small_budget"])
 def test_coupled_in_static_shapes(strategy):
     models = target_of("gpt_neox"), draft_of("gpt_neox", "noisy")
     how = Sampling(**WARPS["all"])
@@ -375,8 +375,7 @@ def test_coupled_in_static_shapes(strategy):
         assert output == list(sampled("gpt_neox", "all", seed, 17, 14))
 
 
-# What the controller chooses depends on times, and with rejection the draws are the candidate's.
-@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "auto"])
+@pytest.mark.parametrize("strategy", ["ar", "linear", "default", "small_budget"])
 def test_rejection_in_static_shapes(strategy):
     """What was recorded draws what its code draws; where no node is dropped, as other shapes do.
 
@@ -385,7 +384,7 @@ def test_rejection_in_static_shapes(strategy):
     models = target_of("gpt_neox"), draft_of("gpt_neox", "noisy")
     how = Sampling(temperature=1.0, mode="rejection")
     runtimes = [Replayed(), Runtime("eager", CPU, static=True)]
-    if strategy in ("ar", "linear", "unpruned"):
+    if strategy in ("ar", "linear"):
         runtimes.append(Runtime("eager", CPU))
     outputs = []
     for runtime in runtimes:
@@ -650,7 +649,6 @@ def only_children_in_the_tree_are_tried(monkeypatch):
     [
         ("linear", first_always_taken),
         ("tree", residual_not_updated),
-        ("tree", candidates_not_sampled),
         ("pruned", only_children_in_the_tree_are_tried),
         ("budget", only_children_in_the_tree_are_tried),
     ],
