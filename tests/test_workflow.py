@@ -20,7 +20,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 TABLE = "paper/ablation.tex"
 RUN = Path("results/runs/micro/tree.json")
 NAMES = ("ar", "linear", "tree", "single_path")
-RENDERED = {"ablation_table": 1, "ablation_figure": 1, "all": 1}
+RENDERED = {"section_text": 1, "section_figure": 1, "all": 1}
 AGGREGATED = {"aggregate": 1, **RENDERED}
 
 
@@ -153,17 +153,33 @@ CONFIG = "config.yaml"
 CHANGES = {
     "one configuration": (
         lambda at: replace(at / CONFIG, "num_draft_tokens: 3", "num_draft_tokens: 2"),
-        {"measure": 1, **AGGREGATED},
+        {"measure": 1, "certify": 1, **AGGREGATED},
     ),
     "two values swapped": (
         lambda at: replace(
             at / CONFIG, "depth: 4\n    branch_factor: 8", "depth: 8\n    branch_factor: 4"
         ),
-        {"measure": 1, **AGGREGATED},
+        {"measure": 1, "certify": 1, **AGGREGATED},
     ),
     "the rows of a table in another order": (
         lambda at: replace(at / CONFIG, "[ar, linear, tree]", "[linear, ar, tree]"),
         AGGREGATED,
+    ),
+    "a row that is the best of a sweep": (
+        lambda at: (
+            replace(at / CONFIG, "[ar, linear, tree]", "[ar, tuned, tree]"),
+            replace(
+                at / CONFIG,
+                "\ntables:",
+                "  linear2:\n    strategy: linear\n    num_draft_tokens: 2\n\n"
+                "sweeps:\n  tuned: {best_of: [linear2, linear]}\n\ntables:",
+            ),
+        ),
+        {"measure": 1, "certify": 1, **AGGREGATED},
+    ),
+    "what the certificate compares": (
+        lambda at: replace(at / CONFIG, "certificate:\n  prompts: 2", "certificate:\n  prompts: 1"),
+        {"certify": 1, **AGGREGATED},
     ),
     "a measuring setting": (
         lambda at: replace(at / CONFIG, "max_new_tokens: 8", "max_new_tokens: 9"),
@@ -171,19 +187,19 @@ CHANGES = {
     ),
     "the recipe": (
         lambda at: replace(at / CONFIG, "target_steps: 2", "target_steps: 3"),
-        {"train_pair": 1, "measure": 4, **AGGREGATED},
+        {"train_pair": 1, "measure": 4, "certify": 1, **AGGREGATED},
     ),
     "a pair of local directories": (
         lambda at: replace(at / CONFIG, "pair: micro", "pair: local"),
-        {"measure": 4, **AGGREGATED},
+        {"measure": 4, "certify": 1, **AGGREGATED},
     ),
     "an engine module": (
         lambda at: append(at / "src/dynatree/tree.py", "\nEXTRA = 1\n"),
-        {"measure": 4, **AGGREGATED},
+        {"measure": 4, "certify": 1, **AGGREGATED},
     ),
     "the training module": (
         lambda at: append(at / "src/dynatree/embedded/train.py", "\nEXTRA = 1\n"),
-        {"train_pair": 1, "measure": 4, **AGGREGATED},
+        {"train_pair": 1, "measure": 4, "certify": 1, **AGGREGATED},
     ),
     "the aggregation module": (
         lambda at: append(at / "src/dynatree/aggregate.py", "\nEXTRA = 1\n"),
@@ -191,15 +207,15 @@ CHANGES = {
     ),
     "the table module": (
         lambda at: append(at / "src/dynatree/render.py", "\nEXTRA = 1\n"),
-        {"ablation_table": 1, "all": 1},
+        {"section_text": 1, "all": 1},
     ),
     "the template": (
         lambda at: append(at / "paper/templates/ablation.tex.j2", "% more\n"),
-        {"ablation_table": 1, "all": 1},
+        {"section_text": 1, "all": 1},
     ),
     "the figure module": (
         lambda at: append(at / "src/dynatree/figures.py", "\nEXTRA = 1\n"),
-        {"ablation_figure": 1, "all": 1},
+        {"section_figure": 1, "all": 1},
     ),
     "a removed result": (
         lambda at: (at / RUN).unlink(),
@@ -252,7 +268,10 @@ def test_the_old_table_is_not_taken_for_current_after_a_killed_job(
     )
     assert done.returncode != 0
     assert f"shim: scripts/{script}" in done.stdout
-    assert planned(project, TABLE) == {**jobs, "aggregate": 1, "ablation_table": 1}
+    left = planned(project, TABLE)
+    # The certificate may have been made before the killed job, or not.
+    left.pop("certify", None)
+    assert left == {**jobs, "aggregate": 1, "section_text": 1}
 
 
 def test_the_old_table_is_not_taken_for_current_after_an_engine_failure(project):
@@ -261,7 +280,8 @@ def test_the_old_table_is_not_taken_for_current_after_an_engine_failure(project)
     done = snakemake(project, TABLE)
     assert done.returncode != 0
     assert "RuntimeError: the edited engine" in done.stdout
-    assert planned(project, TABLE) == {"measure": 4, "aggregate": 1, "ablation_table": 1}
+    left = {"measure": 4, "certify": 1, "aggregate": 1, "section_text": 1}
+    assert planned(project, TABLE) == left
 
 
 def truncate(path):
@@ -299,7 +319,7 @@ def test_a_damaged_result_is_refused_with_its_name_and_the_cure(project, damage,
     assert f"error: {RUN}: " in done.stdout
     assert reason in done.stdout
     assert f"run: snakemake {RUN}" in done.stdout
-    assert planned(project, TABLE) == {"aggregate": 1, "ablation_table": 1}
+    assert planned(project, TABLE) == {"aggregate": 1, "section_text": 1}
     if "remove it" in done.stdout:
         (project / RUN).unlink()
     assert planned(project, str(RUN)) == {"measure": 1}
