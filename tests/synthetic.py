@@ -5,6 +5,17 @@ from pathlib import Path
 
 from dynatree.ablation import Ablation
 from dynatree.aggregate import aggregate
+from dynatree.certificate import (
+    Certificate,
+    ConfigurationCheck,
+    Control,
+    Departure,
+    GreedyCheck,
+    OutputCheck,
+    SampledCheck,
+    noise_limit,
+    write_certificate,
+)
 from dynatree.config import Config, RunSpec, parse_config
 from dynatree.results import (
     Divergence,
@@ -20,6 +31,7 @@ from dynatree.results import (
 )
 
 SOURCE = "5" * 64
+CERTIFYING = "6" * 64
 WEIGHTS = "a" * 64
 AUTOREGRESSIVE_RATE = 100.0
 
@@ -162,8 +174,53 @@ def write(study: Config, folder: Path, speedups=None, changes=None) -> None:
         )
 
 
-def ablation(folder: Path, study=None, speedups=None, changes=None) -> Ablation:
-    """The aggregation of synthetic results."""
+def certificate(study: Config, departures=None, names=None, **changes) -> Certificate:
+    """A certificate in which output 0 of each configuration has the `departures` of its name.
+
+    In 16 bits the noise of every control is 0.1.
+    """
+    spec = study.certificate_spec(names or study.measured)
+    prompts = range(len(spec.prompts))
+    exact = spec.models.dtype == "float32"
+    controls = [
+        Control(prompt=prompt, rows=5, noise=0.1, departure=None)
+        for prompt in ([] if exact else prompts)
+    ]
+    checks = []
+    for name in spec.strategies:
+        outputs = [
+            OutputCheck(prompt=prompt, end_tokens=[], tokens=13, departures=[])
+            for prompt in prompts
+        ]
+        outputs[0] = outputs[0].model_copy(update={"departures": (departures or {}).get(name, [])})
+        greedy = GreedyCheck(outputs=outputs, controls=controls, limit=noise_limit(controls))
+        sampled = SampledCheck(temperature=1.0, top_p=1.0, outputs=len(prompts), departures=[])
+        checks.append(ConfigurationCheck.of(name, greedy, sampled if exact else None))
+    return Certificate.model_validate(
+        {
+            "passed": all(check.verdict != "failed" for check in checks),
+            "spec": spec,
+            "source_digest": CERTIFYING,
+            "pair_digest": WEIGHTS,
+            "configurations": checks,
+            "provenance": {},
+            "started": datetime(2026, 1, 1, tzinfo=UTC),
+            "finished": datetime(2026, 1, 2, tzinfo=UTC),
+            **changes,
+        }
+    )
+
+
+def departure(shortfall: float) -> Departure:
+    """A departure at the third token."""
+    return Departure(index=2, gap=shortfall, shortfall=shortfall)
+
+
+def ablation(folder: Path, study=None, speedups=None, changes=None, certified=None) -> Ablation:
+    """The aggregation of synthetic results, and of the certificate `certified` if one is given."""
     study = study or config()
     write(study, folder, speedups, changes)
-    return aggregate(study, folder, SOURCE)
+    if certified is None:
+        return aggregate(study, folder, SOURCE)
+    write_certificate(folder / "certificate.json", certified)
+    return aggregate(study, folder, SOURCE, (folder / "certificate.json", CERTIFYING))

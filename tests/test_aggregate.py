@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from dynatree.ablation import Ablation, read_ablation, write_ablation
 from dynatree.aggregate import POSITIONS, aggregate, to_csv
-from dynatree.errors import ResultError
+from dynatree.errors import LosslessError, ResultError
 
 
 def facts(ablation, name):
@@ -285,6 +285,71 @@ def test_unequal_outputs_are_counted_with_their_largest_gap(tmp_path):
     assert facts(ablation, "tree").unequal_prompts == 2
     assert facts(ablation, "tree").largest_gap == 0.5
     assert facts(ablation, "linear").largest_gap is None
+
+
+# The certificate.
+
+
+def test_the_certificate_says_how_each_row_is_lossless(tmp_path):
+    study = synthetic.config(dtype="bfloat16")
+    certified = synthetic.certificate(study, {"tree": [synthetic.departure(0.15)]})
+    ablation = synthetic.ablation(tmp_path, study, certified=certified)
+    found = {facts.name: facts.lossless for facts in ablation.configurations}
+    assert found == {"ar": "equal", "linear": "equal", "tree": "noise"}
+    assert facts(synthetic.ablation(tmp_path, study), "tree").lossless is None
+
+
+def test_a_certificate_that_holds_more_is_good_for_a_part(tmp_path):
+    study = synthetic.config(tables={"forward": ["ar", "tree"]})
+    certified = synthetic.certificate(study, names=["tree", "linear2", "ar"])
+    ablation = synthetic.ablation(tmp_path, study, certified=certified)
+    assert [facts.lossless for facts in ablation.configurations] == ["equal", "equal"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shortfall", "reason"),
+    [("float32", 0.0, "differs from generate"), ("bfloat16", 0.25, "0.25 below the best logit")],
+)
+def test_a_failed_certificate_stops_the_table(tmp_path, dtype, shortfall, reason):
+    study = synthetic.config(dtype=dtype)
+    certified = synthetic.certificate(study, {"tree": [synthetic.departure(shortfall)]})
+    assert not certified.passed
+    with pytest.raises(LosslessError, match=rf"not lossless:\n  tree: .*{reason}"):
+        synthetic.ablation(tmp_path, study, certified=certified)
+
+
+OTHERS = {
+    "other code": (
+        lambda study: synthetic.certificate(study, source_digest="7" * 64),
+        "other code",
+    ),
+    "other weights": (
+        lambda study: synthetic.certificate(study, pair_digest="d" * 64),
+        "other model weights",
+    ),
+    "other prompts": (
+        lambda study: synthetic.certificate(synthetic.config(prompts=3)),
+        "prompts: measured 3 entries, configured 4",
+    ),
+    "a changed strategy": (
+        lambda study: synthetic.certificate(synthetic.config(overrides={"tree": {"depth": 5}})),
+        r"strategies\.tree\.depth: measured 5, configured 4",
+    ),
+    "a missing configuration": (
+        lambda study: synthetic.certificate(study, names=["ar", "linear"]),
+        r"strategies\.tree: measured None",
+    ),
+}
+
+
+@pytest.mark.parametrize(("made", "reason"), OTHERS.values(), ids=OTHERS)
+def test_a_certificate_of_something_else_is_refused(tmp_path, made, reason):
+    study = synthetic.config()
+    with pytest.raises(ResultError, match=reason) as error:
+        synthetic.ablation(tmp_path, study, certified=made(study))
+    path = tmp_path / "certificate.json"
+    assert str(error.value).startswith(f"{path}: ")
+    assert str(error.value).endswith(f"run: snakemake {path}")
 
 
 def test_overrides_name_the_old_value(tmp_path):

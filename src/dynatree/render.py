@@ -238,7 +238,7 @@ def _count(numbers: int | list[int], noun: str) -> str:
 
 def _certified(lossless: str | None) -> str:
     """A table cell: what the certificate found; see `dynatree.certificate`."""
-    return {"equal": "exact", "noise": "to rounding", None: "--"}[lossless]
+    return {"equal": "exact", "noise": "rounding", None: "--"}[lossless]
 
 
 def _tuning(overrides: list[Override]) -> str:
