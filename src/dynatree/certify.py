@@ -1,7 +1,8 @@
 """The losslessness certificate: every configuration against plain `model.generate`.
 
 The oracle and the control are Transformers' own code; they share nothing with the engine but the
-weights, and for samples the noise of `dynatree.sampling`, which has tests of its own. `dynatree.certificate` states the criterion. A check is a function `check_<what>` whose
+weights, and for samples the noise of `dynatree.sampling`, which has tests of its own.
+`dynatree.certificate` states the criterion. A check is a function `check_<what>` whose
 outcome is a field of `ConfigurationCheck`.
 """
 
