@@ -38,7 +38,7 @@ def test_shipped_names_and_strategies():
         "tree_depth1",
         "ar",
     ]
-    assert len(config.measured) == 13
+    assert len(config.measured) == 17
     assert set(config.pairs) >= {"embedded", "pythia"}
     shipped = {name: run.run for name, run in config.configs.items()}
     tree = dynatree.Tree
