@@ -160,7 +160,7 @@ def check_sampled(
     )
 
 
-class _WithNoise(LogitsProcessor):  # type: ignore[misc]
+class _WithNoise(LogitsProcessor):
     """Leaves of the scores what coupled sampling chooses, so that greedy `generate` samples."""
 
     def __init__(self, seed: int, vocab_size: int, device: torch.device) -> None:
