@@ -287,7 +287,7 @@ def test_the_timed_steps_are_what_a_round_would_do(setting, monkeypatch, static)
     target, draft = setting.pair.target, setting.pair.draft
     decoder = roofline.primed(setting, roofline.FULL, prompt)
     with torch.inference_mode():
-        decoder._grow_phase(roofline.FULL.max_depth, decoder.runtime.visible(30 + 512))
+        decoder._grow_phase(0, roofline.FULL.max_depth, decoder.runtime.visible(30 + 512))
         tree, grown = decoder._tree, decoder._drafter._grown
         first, position = target(prompt[None]).logits[0, -1].argmax(), decoder._position.item()
         assert (tree.tokens[0], position) == (first, 30)

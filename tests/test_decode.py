@@ -178,8 +178,10 @@ def test_a_reused_decoder_is_as_good_as_new(strategy):
         generation = decoder.decode(prompt(length), new)
         fresh = decoder_of(strategy=STRATEGIES[strategy]).decode(prompt(length), new)
         assert generation.tokens == fresh.tokens == expected("llama", length, new)
-        assert generation.stats.rounds == fresh.stats.rounds
-        assert generation.stats.draft_forwards == fresh.stats.draft_forwards
+        # The controller keeps what it has learnt, and its choices depend on times.
+        if strategy != "auto":
+            assert generation.stats.rounds == fresh.stats.rounds
+            assert generation.stats.draft_forwards == fresh.stats.draft_forwards
 
 
 @pytest.mark.parametrize("chunks", [1, 2, 3])

@@ -32,7 +32,8 @@ from dynatree.runtime import Runtime
 
 CPU = torch.device("cpu")
 FAMILY, LENGTH, NEW = "llama", 17, 24
-GROWN = [name for name in STRATEGIES if name not in ("ar", "linear")]
+# The controller runs the rules of others.
+GROWN = [name for name in STRATEGIES if name not in ("ar", "linear", "auto")]
 
 
 # The reference. It knows the documentation of the strategies and nothing of the drafter.
