@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from micro_pair import micro, train  # noqa: F401 - micro is a fixture
 
 from dynatree.embedded.corpus import corpus_digest, python_docs
+from dynatree.embedded.muon import Muon, orthogonalised
 from dynatree.errors import PairError
 
 
@@ -56,3 +58,20 @@ def test_training_lowers_the_loss(micro, tmp_path):  # noqa: F811
     trained = json.loads((micro / "training.json").read_text())
     barely = train(tmp_path, target_steps=1, draft_steps=1)
     assert trained["target_loss"] < barely["target_loss"]
+
+
+@pytest.mark.parametrize("shape", [(24, 96), (96, 24), (32, 32)])
+def test_muon_steps_are_orthogonal_and_in_float32(shape):
+    torch.manual_seed(0)
+    matrix = torch.randn(shape)
+    update = orthogonalised(matrix)
+    assert update.dtype == torch.float32
+    low, high = torch.linalg.svdvals(update).aminmax()
+    assert low > 0.5
+    assert high < 1.3
+    weight = torch.nn.Parameter(torch.zeros(shape))
+    weight.grad = matrix.clone()
+    Muon([weight], lr=0.1, weight_decay=0.0).step()
+    # The first step's momentum has the gradient's own direction.
+    expected = -0.1 * max(1.0, shape[0] / shape[1]) ** 0.5 * update
+    torch.testing.assert_close(weight.detach(), expected, rtol=1e-3, atol=1e-3)
