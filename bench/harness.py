@@ -25,7 +25,7 @@ from dynatree.config import RunSpec, load_config, parse_config
 from dynatree.errors import LosslessError
 from dynatree.estimates import Floats, estimate, geometric_mean, paired_ratios
 from dynatree.files import write_text
-from dynatree.measure import encode_prompts, timed
+from dynatree.measure import encode_prompts, first_difference, timed
 from dynatree.pairs import Pair, load_models
 from dynatree.provenance import provenance
 
@@ -197,7 +197,7 @@ def differences(
     """
     found: dict[str, dict[int, int]] = {
         name: {
-            prompt: min(_divergence(output, reference[prompt]) for output in unequal)
+            prompt: min(first_difference(output, reference[prompt]) for output in unequal)
             for prompt, outputs in enumerate(times.outcomes)
             if (unequal := [output for output in outputs if output != reference[prompt]])
         }
@@ -279,11 +279,6 @@ def _rates(timings: Timings[list[int]]) -> Floats:
     """Tokens per second [prompts, runs]."""
     tokens = [[len(output) for output in runs] for runs in timings.outcomes]
     return np.asarray(np.array(tokens) / np.array(timings.seconds))
-
-
-def _divergence(output: list[int], reference: list[int]) -> int:
-    pairs = enumerate(zip(output, reference, strict=False))
-    return next((at for at, (a, b) in pairs if a != b), min(len(output), len(reference)))
 
 
 def _json(data: Any, depth: int = 0) -> str:

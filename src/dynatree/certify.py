@@ -35,7 +35,7 @@ from dynatree.certificate import (
 )
 from dynatree.config import CertificateSpec
 from dynatree.decode import Decoder
-from dynatree.measure import encode_prompts
+from dynatree.measure import encode_prompts, first_difference
 from dynatree.pairs import Pair
 from dynatree.provenance import provenance
 from dynatree.sampling import Sampler, Sampling
@@ -148,9 +148,7 @@ def check_sampled(
             case.prompt, spec.max_new_tokens, case.end_tokens, seed=case.index
         ).tokens
         if tokens != case.sampled:
-            both = zip(tokens, case.sampled, strict=False)
-            shorter = min(len(tokens), len(case.sampled))
-            at = next((i for i, (one, other) in enumerate(both) if one != other), shorter)
+            at = first_difference(tokens, case.sampled)
             found.append(SampledDeparture(prompt=case.index, index=at))
     return SampledCheck(
         temperature=SAMPLING.temperature,
@@ -191,7 +189,7 @@ def departures(
     while tokens[start:] != expected:
         rest = tokens[start:]
         shorter = min(len(rest), len(expected))
-        at = next((i for i in range(shorter) if rest[i] != expected[i]), shorter)
+        at = first_difference(rest, expected)
         found.append(_departure(start + at, logits[at:], rest[at:] if at < shorter else []))
         if not explained(found[-1], limit):
             break

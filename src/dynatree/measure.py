@@ -8,7 +8,7 @@ on both sides, and tokens are those really generated.
 
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
@@ -159,10 +159,7 @@ def compare(
     """Compares an output with autoregressive decoding; finds the first divergence and its gap."""
     divergence = None
     if tokens != reference:
-        position = next(
-            (at for at, (a, b) in enumerate(zip(reference, tokens, strict=False)) if a != b),
-            min(len(reference), len(tokens)),
-        )
+        position = first_difference(reference, tokens)
         before = torch.tensor(reference[:position], dtype=torch.long, device=prompt.device)
         with torch.inference_mode():
             logits = pair.target(torch.cat((prompt, before))[None]).logits[0, -1].float()
@@ -176,6 +173,12 @@ def compare(
         equal=divergence is None,
         divergence=divergence,
     )
+
+
+def first_difference(one: Sequence[int], other: Sequence[int]) -> int:
+    """Where two unequal texts part; the length of the shorter one if the other goes on from it."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def timed(call: Callable[[], Outcome], device: torch.device) -> tuple[Outcome, float]:
