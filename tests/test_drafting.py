@@ -115,9 +115,10 @@ def test_pruning_and_budget_apply_when_a_child_is_added(monkeypatch):
     added = []
     extend = DraftTree.extend
 
-    def recording(self, parents, tokens, log_probs, depth):
-        added.append(log_probs.tolist())
-        extend(self, parents, tokens, log_probs, depth)
+    def recording(self, *level):
+        size = self.size
+        extend(self, *level)
+        added.append(self.log_probs[size : self.size].tolist())
 
     monkeypatch.setattr(DraftTree, "extend", recording)
     decode("llama", dynatree.Tree(depth=5, branch_factor=4, prune_threshold=0.03))

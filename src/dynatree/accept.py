@@ -10,12 +10,12 @@ from dynatree.tree import DraftTree
 
 @dataclass(frozen=True)
 class Accepted:
-    """What one verification commits, as tensors of a fixed shape: nothing is read by the host.
+    """What one verification commits.
 
     Attributes:
-        path: [m] int64, the root and the accepted nodes from shallow to deep, then padding.
+        path: [m] int64, the root and the accepted nodes from shallow to deep, then any padding.
         tokens: [m] int64, the target's choice after each node of the path: the accepted tokens
-            and the bonus token, then padding.
+            and the bonus token, then any padding.
         count: [1] int64, how many of `tokens` are committed: accepted nodes and the bonus token.
     """
 
@@ -24,7 +24,7 @@ class Accepted:
     count: Tensor
 
 
-def accept_greedy(tree: DraftTree, choices: Tensor, longest: int) -> Accepted:
+def accept_greedy(tree: DraftTree, choices: Tensor, longest: int, static: bool = True) -> Accepted:
     """Walks the tree along the target's choices (SpecInfer, Algorithm 2, VerifyGreedy).
 
     They are its argmax, or what `Sampler.choose` made of its distributions: the walk is the same.
@@ -37,17 +37,22 @@ def accept_greedy(tree: DraftTree, choices: Tensor, longest: int) -> Accepted:
         tree: n or more rows.
         choices: [n] int64, the target's choice after each of the first n rows.
         longest: nodes of the longest possible path, the root included; m is at most this.
+        static: m depends on the shapes alone, and nothing is read by the host. Otherwise there is
+            no padding.
     """
     count = len(choices)
     if count == 1:
         return Accepted(torch.zeros_like(choices), choices, torch.ones_like(choices))
     ancestors = tree.ancestors[:count, :count]
-    refused = choices[tree.parents[:count]] != tree.tokens[:count]
+    refused = choices.index_select(0, tree.parents[:count]) != tree.tokens[:count]
     refused[0] = False
     # A padding row is not even its own ancestor.
     accepted = ancestors.diagonal() & ~(ancestors & refused).any(dim=-1)
-    path = torch.where(accepted, tree.indices[:count], count - 1).sort().values[:longest]
-    return Accepted(path, choices[path], accepted.sum(dim=0, keepdim=True))
+    if static:
+        path = torch.where(accepted, tree.indices[:count], count - 1).sort().values[:longest]
+    else:
+        path = accepted.nonzero().view(-1)
+    return Accepted(path, choices.index_select(0, path), accepted.sum(dim=0, keepdim=True))
 
 
 def ranks_and_children(tree: DraftTree, path: Tensor, count: int) -> tuple[Tensor, Tensor]:

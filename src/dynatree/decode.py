@@ -395,7 +395,7 @@ class Decoder:
         self._root.plant(choices)
         self._tree = self._root
         self._report.committed(choices, torch.ones_like(choices))
-        self._report.grown(self._root)
+        self._report.grown(self._root, trimmed=True)
 
     def _choose(self, logits: Tensor, tree: DraftTree) -> Tensor:
         """The token after each of the first n rows of `tree`, as [n]; the report hears of a NaN.
@@ -456,7 +456,7 @@ class Decoder:
             stats.draft_forwards += 1
         if depth == 0 and not self.runtime.static:
             self._tree = self._root
-            self._report.grown(self._root)
+            self._report.grown(self._root, trimmed=True)
             return 0
         self.runtime.run(("grow", rule, visible), lambda: self._grow_phase(rule, depth, visible))
         # A replayed phase leaves the drafter's own count as it is, and takes all steps.
@@ -472,7 +472,7 @@ class Decoder:
         assert self._drafter is not None
         self._drafter.follow(rule)
         self._tree = self._drafter.grow(self._history, self._position, depth, visible)
-        self._report.grown(self._tree)
+        self._report.grown(self._tree, trimmed=not self.runtime.static)
 
     def _verify(self, nodes: int, bound: int) -> None:
         """Phase 2: the target's choice after the root and each of `nodes` draft nodes."""
@@ -497,11 +497,13 @@ class Decoder:
         self.runtime.run(("commit", rows), lambda: self._commit_phase(rows))
 
     def _commit_phase(self, rows: int) -> None:
-        tree, position = self._tree, self._position
-        accepted = accept_greedy(tree, self._choices[:rows], self._longest)
+        tree, position, static = self._tree, self._position, self.runtime.static
+        accepted = accept_greedy(tree, self._choices[:rows], self._longest, static)
         path, drafter = accepted.path, self._drafter
-        # A chain that the draft gave is where it belongs already.
+        # A chain that the draft gave is where it belongs already, and so is a path that is one.
         moves = self.strategy.max_children > 1 or self.strategy.ngram_tokens > 0
+        if moves and not static and drafter is not None:
+            moves = not drafter.is_chain(path)
         if drafter is not None and moves and rows > 1:
             destinations = tree.indices[: len(path)] + position
             self._target.cache.gather(path + position, destinations)

@@ -34,9 +34,15 @@ class Drafter:
         self.forwards = 0
         self._trim = not runtime.static
         self._varies = strategy.varies
-        # Widths and limits are worked out once.
+        # Widths and limits are worked out once. The threshold is a tensor: a comparison with a
+        # number makes one each time.
         self._rules = [
-            (rule, rule.widths, [rule.max_expanded(depth + 1) for depth in range(rule.max_depth)])
+            (
+                rule,
+                rule.widths,
+                [rule.max_expanded(depth + 1) for depth in range(rule.max_depth)],
+                torch.tensor(rule.min_log_prob, device=runner.device),
+            )
             for rule in strategy.rules
         ]
         self.follow(0)
@@ -86,7 +92,7 @@ class Drafter:
 
     def follow(self, rule: int) -> None:
         """The next trees grow by the rule of this index among those of the strategy."""
-        self.strategy, self._widths, self._limits = self._rules[rule]
+        self.strategy, self._widths, self._limits, self._least = self._rules[rule]
 
     def catch_up(self, history: Tensor, position: Tensor, visible: int, rounds: int) -> None:
         """Reads what `rounds` rounds without a draft step, `MAX_PAUSE` at most, left unread."""
@@ -209,7 +215,7 @@ class Drafter:
         log_probs, tokens = log_probs.view(-1), tokens.view(-1)
         dead: Tensor | None = None
         if strategy.min_log_prob > -math.inf:
-            dead = log_probs < strategy.min_log_prob
+            dead = log_probs < self._least
         elif kept is not None:
             dead = log_probs == -math.inf
         if tree.size + len(log_probs) > 1 + strategy.max_nodes:
@@ -220,16 +226,19 @@ class Drafter:
         if dead is None:
             nodes = tree.indices[: len(log_probs)]
         elif self._trim:
-            nodes = dead.logical_not().nonzero().view(-1)[:width]
+            nodes = dead.logical_not_().nonzero().view(-1)
+            # What is not a number is not dead either, and there may be more of it than fits.
+            if len(nodes) > width:
+                nodes = nodes[:width]
         else:
             log_probs = log_probs.masked_fill(dead, -math.inf)
             nodes = log_probs.topk(min(width, len(log_probs))).indices.sort().values
-        if dead is not None:
-            log_probs, tokens = log_probs.index_select(0, nodes), tokens.index_select(0, nodes)
         parents = nodes if children == 1 else nodes.div(children, rounding_mode="floor")
         if chosen is not None:
             parents = chosen.index_select(0, parents)
-        tree.extend(parents + level.start, tokens, log_probs, depth)
+        tree.extend(
+            parents + level.start, tokens, log_probs, depth, None if dead is None else nodes
+        )
 
     def _expanded(self, level: slice, depth: int) -> tuple[Tensor | None, Tensor]:
         """Which nodes of `level`, at `depth`, the draft reads.
@@ -288,6 +297,10 @@ class Drafter:
         if len(self._state) > 0:
             offered = tree.depths[: tree.size].max(dim=0, keepdim=True).values
             self._state.copy_(self.strategy.adapted(self._state, accepted, offered))
+
+    def is_chain(self, path: Tensor) -> bool:
+        """Whether the nodes `path` [m] of the verified tree, and the grown one, are the first m."""
+        return int(path[-1]) == int(self._origins[path[-1]]) == len(path) - 1
 
     def keep(self, path: Tensor, position: Tensor, destinations: Tensor) -> None:
         """Moves the KV entries of the nodes `path` [m] of the verified tree to `destinations`."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-MIN_WEIGHTS = 2**17
+MIN_WEIGHTS = 2**17 + 1
 """Smaller matrices stay as they are: there the call into oneDNN costs more than it saves."""
 
 

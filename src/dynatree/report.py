@@ -93,12 +93,15 @@ class Report:
         """Notes whether the target's largest logits `best` [n] hold a NaN."""
         self._values[self._longest + 1] = best.isnan().any()
 
-    def grown(self, tree: DraftTree) -> None:
-        """Notes the shape of the tree to verify, and whether the draft gave it a NaN."""
-        log_probs = tree.log_probs[: tree.size]
-        self._values[self._longest + 2] = log_probs.isnan().any()
-        self._values[self._longest + 3] = (log_probs != -math.inf).sum() - 1
-        self._values[self._longest + 4] = tree.depths[: tree.size].max()
+    def grown(self, tree: DraftTree, trimmed: bool) -> None:
+        """Notes the shape of the tree to verify, and whether the draft gave it a NaN.
+
+        `trimmed` says that all nodes live, so that they need not be counted.
+        """
+        log_probs, at = tree.log_probs[: tree.size], self._longest + 2
+        self._values[at] = log_probs.isnan().any()
+        self._values[at + 1] = tree.size - 1 if trimmed else (log_probs != -math.inf).sum() - 1
+        self._values[at + 2] = tree.depths[: tree.size].max()
 
     def read(self) -> Reading:
         """Waits for the device and reads the report.

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from types import FunctionType
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.fx.experimental._config
@@ -88,7 +88,10 @@ class Runtime:
     def callable(self, model: PreTrainedModel) -> Callable[..., Any]:
         """The forward of `model` as this runtime calls it, with shapes left open."""
         model = packed(model)
-        return model if self.mode == "eager" else partial(_compiled, model)
+        if self.mode == "eager":
+            return cast(Callable[..., Any], model)
+        # Once: a model finds out its dtype and device by walking over its parameters.
+        return partial(_compiled, model, (model.dtype, model.device))
 
     def run(self, key: tuple[object, ...], phase: Callable[[], None]) -> None:
         """Runs `phase`, or replays what was captured under `key`."""
@@ -167,17 +170,20 @@ _COMPILED: weakref.WeakKeyDictionary[
 ] = weakref.WeakKeyDictionary()
 
 
-def _compiled(model: PreTrainedModel, *, input_ids: Tensor, **inputs: Any) -> Any:
+def _compiled(
+    model: PreTrainedModel, kind: tuple[object, ...], *, input_ids: Tensor, **inputs: Any
+) -> Any:
     """The compiled forward of `model`; compiled on first use for one token, and for several.
 
     What torch.compile would check before every call, a tenth of a target's forward and a third of
     a small draft's, is settled here instead: all calls have the same form, the number of tokens,
-    the visible slots and the capacity are left open, and the key names what else can change.
+    the visible slots and the capacity are left open, and the key, with the dtype and device that
+    `kind` holds, names what else can change.
     Unchecked code must be found by nobody else, so each has a code object of its own.
     """
     variants = _COMPILED.setdefault(model, {})
     one = input_ids.shape[1] == 1
-    key = (one, model.dtype, model.device, model.training)
+    key = (one, *kind, model.training)
     if key in variants:
         return variants[key](model, input_ids, **inputs)
     code = _forward.__code__.replace(co_name=f"_forward_{'one' if one else 'several'}")

@@ -43,22 +43,41 @@ class DraftTree:
         self._attends = torch.zeros(rows, rows + 1, dtype=torch.bool, device=device)
         self._attends[:, 0] = True
         self.ancestors = self._attends[:, 1:]
-        self.ancestors[0, 0] = True
+        # A living node is its own ancestor.
+        self._own = self.ancestors.diagonal()
+        self._own[0] = True
 
     def plant(self, token: Tensor) -> None:
         """Empties the tree and makes `token` [1] its root."""
         self.tokens[:1] = token
         self.size = 1
 
-    def extend(self, parents: Tensor, tokens: Tensor, log_probs: Tensor, depth: int) -> None:
-        """Appends the level `depth`: [m] parents, tokens and cumulative log-probabilities."""
+    def extend(
+        self,
+        parents: Tensor,
+        tokens: Tensor,
+        log_probs: Tensor,
+        depth: int,
+        chosen: Tensor | None = None,
+    ) -> None:
+        """Appends the level `depth`.
+
+        Args:
+            parents: [m] int64.
+            tokens, log_probs: int64 and float32 [m], the latter cumulative.
+            chosen: [m] int64, which of the then more `tokens` and `log_probs` to take.
+        """
         level = slice(self.size, self.size + len(parents))
-        self.tokens[level] = tokens
+        if chosen is None:
+            self.tokens[level] = tokens
+            self.log_probs[level] = log_probs
+        else:
+            torch.index_select(tokens, 0, chosen, out=self.tokens[level])
+            torch.index_select(log_probs, 0, chosen, out=self.log_probs[level])
         self.parents[level] = parents
-        self.depths[level] = depth
-        self.log_probs[level] = log_probs
-        self.ancestors[level] = self.ancestors.index_select(0, parents)
-        self.ancestors[level, level].fill_diagonal_(True)
+        self.depths[level].fill_(depth)
+        self._attends[level] = self._attends.index_select(0, parents)
+        self._own[level].fill_(True)
         self.size = level.stop
 
     def along(self, tokens: Tensor) -> Tensor:
