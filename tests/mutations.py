@@ -42,7 +42,7 @@ def accepted_path_not_gathered(monkeypatch):
 
 
 def parents_not_asked(monkeypatch):
-    def broken(tree, choices, longest):
+    def broken(tree, choices, longest, static):
         size = len(choices)
         agreed = choices[tree.parents[:size]] == tree.tokens[:size]
         agreed[0] = True

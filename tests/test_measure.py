@@ -89,8 +89,8 @@ def test_every_strategy_goes_through_the_same_measurement(spec, pair, strategy):
 
 
 def test_a_divergence_in_float32_fails_the_job(spec, pair, monkeypatch):
-    def accept_off_by_one(tree, choices, longest):
-        accepted = accept_greedy(tree, choices, longest)
+    def accept_off_by_one(tree, choices, longest, static):
+        accepted = accept_greedy(tree, choices, longest, static)
         if len(choices) == 1:
             return accepted
         return replace(accepted, tokens=(accepted.tokens + 1) % 300)

@@ -24,7 +24,7 @@ class Accepted:
     count: Tensor
 
 
-def accept_greedy(tree: DraftTree, choices: Tensor, longest: int, static: bool = True) -> Accepted:
+def accept_greedy(tree: DraftTree, choices: Tensor, longest: int, static: bool) -> Accepted:
     """Walks the tree along the target's choices (SpecInfer, Algorithm 2, VerifyGreedy).
 
     They are its argmax, or what `Sampler.choose` made of its distributions: the walk is the same.
