@@ -15,16 +15,22 @@ except ConfigError as error:
 PAIR_FOLDER = f"results/pairs/{STUDY.pair}"
 CERTIFICATE = "results/certificate.json"
 SECTIONS = list(STUDY.sections)
+# Parts of the paper made from all sections, as in dynatree.numbers.TEXTS, which imports Jinja.
+TEXTS = ["numbers", "prose", "tables"]
 
 
 wildcard_constraints:
     section="|".join(SECTIONS),
+    text="|".join(TEXTS),
 
 
 def section_runs(section):
     """The results that the tables of a section need, the certificate among them."""
     names = STUDY.section(section).measured
     return [CERTIFICATE, *(f"results/runs/{STUDY.pair}/{name}.json" for name in names)]
+
+
+ALL_RUNS = sorted({run for section in SECTIONS for run in section_runs(section)})
 
 
 def section_study(wildcards):
