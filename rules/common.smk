@@ -2,6 +2,7 @@
 
 from dynatree.config import canonical, load_config, parse_config
 from dynatree.errors import ConfigError
+from dynatree.numbers import TEXTS
 from dynatree.sources import PACKAGE, imported_sources, source_digest
 
 try:
@@ -15,8 +16,6 @@ except ConfigError as error:
 PAIR_FOLDER = f"results/pairs/{STUDY.pair}"
 CERTIFICATE = "results/certificate.json"
 SECTIONS = list(STUDY.sections)
-# Parts of the paper made from all sections, as in dynatree.numbers.TEXTS, which imports Jinja.
-TEXTS = ["numbers", "prose", "tables"]
 
 
 wildcard_constraints:

@@ -101,7 +101,7 @@ class PositionRounds(Fact):
 
 
 class Latency(Fact):
-    """Seconds that a reader of the output waits, and the same of autoregressive decoding in the job.
+    """Seconds that a reader waits, and the same of autoregressive decoding in the job.
 
     Attributes:
         first_token: median time to the first token, the prefill of target and draft (TTFT).
@@ -175,9 +175,9 @@ class ConfigurationFacts(Fact):
 
     @property
     def accepted_length(self) -> float | None:
-        """Draft tokens accepted per round; None where no round was."""
+        """Draft tokens accepted per round; None where nothing was drafted."""
         accepted = sum(entry.accepted for entry in self.acceptance_by_depth)
-        return accepted / self.rounds if self.rounds else None
+        return accepted / self.rounds if self.acceptance_by_depth else None
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Self:

@@ -1,4 +1,4 @@
-"""The `dynatree` command: decode a prompt, measure or certify outside the pipeline, trace a value."""
+"""The `dynatree` command: decode, measure or certify outside the pipeline; trace values."""
 
 from pathlib import Path
 from typing import Annotated, Any

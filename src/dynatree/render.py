@@ -112,13 +112,14 @@ def escape(text: str) -> Tex:
 
 
 def breakable(text: str) -> Tex:
-    """As `escape`, and long words may be broken."""
-    return Tex(
-        " ".join(
-            (r"\allowbreak{}" if len(word) > WIDE else "").join(map(_character, word))
-            for word in text.split()
-        )
-    )
+    """As `escape`, and long words may be broken, though not before their last character."""
+    words = []
+    for word in text.split():
+        characters = [_character(character) for character in word]
+        if len(word) > WIDE:
+            characters[:-2] = [f"{part}\\allowbreak{{}}" for part in characters[:-2]]
+        words.append("".join(characters))
+    return traced(Tex(" ".join(words)), sources_of(text))
 
 
 def render(ablation: Ablation, template: Path, file: str) -> Page:
