@@ -299,7 +299,8 @@ def test_macros_hold_the_measured_values(tmp_path):
     tex = rendered(results(tmp_path, speedups={"tree": 2.0}), "numbers")
     for name, value in {
         "numPrompts": "4 prompts", "numThreads": "2 threads", "numTreeSpeedup": "2.00",
-        "numTreeFirstToken": r"10.0\,ms", "numTreePerToken": r"10.0\,ms", "numTreeMemory": r"1\,MiB",
+        "numTreeFirstToken": r"10.0\,ms", "numTreePerToken": r"10.0\,ms",
+        "numTreeMemory": r"1\,MiB",
         "numTreeAcceptance": r"25.0\,\%", "numTreeAcceptedLength": "1.00", "numArAcceptance": "--",
         "roleFullSpeedup": "2.00", "roleFastestDescription": "depth 4, branch 8",
         "numTorch": "of unknown version",

@@ -116,7 +116,7 @@ def breakable(text: str) -> Tex:
     words = []
     for word in text.split():
         characters = [_character(character) for character in word]
-        if len(word) > WIDE:
+        if len(word.rstrip(",.;:")) > WIDE:
             characters[:-2] = [f"{part}\\allowbreak{{}}" for part in characters[:-2]]
         words.append("".join(characters))
     return traced(Tex(" ".join(words)), sources_of(text))

@@ -147,7 +147,9 @@ class _Watched:
             return self._watch(getattr(self._facts, name))
         # Methods and properties read through this object as well.
         member = getattr(kind, name)
-        return member.fget(self) if isinstance(member, property) else partial(member, self)
+        if isinstance(member, property):
+            return member.__get__(self)
+        return partial(member, self)
 
     def _watch(self, value: Any) -> Any:
         if isinstance(value, Fact):
