@@ -21,6 +21,8 @@ localrules:
     aggregate,
     section_text,
     section_figure,
+    paper_text,
+    manifest,
     paper,
 
 

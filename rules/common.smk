@@ -2,6 +2,7 @@
 
 from dynatree.config import canonical, load_config, parse_config
 from dynatree.errors import ConfigError
+from dynatree.numbers import TEXTS
 from dynatree.sources import PACKAGE, imported_sources, source_digest
 
 try:
@@ -19,12 +20,16 @@ SECTIONS = list(STUDY.sections)
 
 wildcard_constraints:
     section="|".join(SECTIONS),
+    text="|".join(TEXTS),
 
 
 def section_runs(section):
     """The results that the tables of a section need, the certificate among them."""
     names = STUDY.section(section).measured
     return [CERTIFICATE, *(f"results/runs/{STUDY.pair}/{name}.json" for name in names)]
+
+
+ALL_RUNS = sorted({run for section in SECTIONS for run in section_runs(section)})
 
 
 def section_study(wildcards):

@@ -1,4 +1,4 @@
-"""From results to the paper: aggregation, table, figure, PDF."""
+"""From results to the paper: aggregation, texts, figures, manifest, PDF."""
 
 
 # Its own parameters name every specification, so that it is stale by itself when a measurement of
@@ -71,11 +71,64 @@ rule section_figure:
         "2>&1 | tee {log}"
 
 
+# Numbers, sentences and tables that speak of all sections.
+rule paper_text:
+    input:
+        script="scripts/render_paper.py",
+        sources=imported_sources("scripts/render_paper.py"),
+        template="paper/templates/{text}.tex.j2",
+        ablations=expand(rules.aggregate.output.json, section=SECTIONS),
+        aggregated_by=AGGREGATING,
+        runs=ALL_RUNS,
+    output:
+        "paper/{text}.tex",
+    log:
+        "results/logs/paper_text/{text}.log",
+    conda:
+        "../envs/dynatree.yaml"
+    params:
+        study=STUDY.canonical(),
+        sections=SECTIONS,
+    shell:
+        "python {input.script} --results results --sections {params.sections} "
+        "--template {input.template} --out {output} 2>&1 | tee {log}"
+
+
+# Where each value comes from. It renders everything again and refuses what is not the same.
+rule manifest:
+    input:
+        script="scripts/write_manifest.py",
+        sources=imported_sources("scripts/write_manifest.py"),
+        templates=expand("paper/templates/{text}.tex.j2", text=["ablation", *TEXTS]),
+        ablations=expand(rules.aggregate.output.json, section=SECTIONS),
+        aggregated_by=AGGREGATING,
+        runs=ALL_RUNS,
+        sections=expand(rules.section_text.output, section=SECTIONS),
+        texts=expand(rules.paper_text.output, text=TEXTS),
+        figures=expand(rules.section_figure.output, section=SECTIONS),
+    output:
+        "paper/manifest.json",
+    log:
+        "results/logs/manifest.log",
+    conda:
+        "../envs/dynatree.yaml"
+    params:
+        study=STUDY.canonical(),
+        sections=SECTIONS,
+    shell:
+        "python {input.script} --results results --sections {params.sections} "
+        "--templates paper/templates --paper paper --figures paper/figures --out {output} "
+        "2>&1 | tee {log}"
+
+
 rule paper:
     input:
         main="paper/main.tex",
-        table=expand(rules.section_text.output, section=SECTIONS),
-        figure=expand(rules.section_figure.output.pdf, section=SECTIONS),
+        references="paper/references.bib",
+        sections=expand(rules.section_text.output, section=SECTIONS),
+        texts=expand(rules.paper_text.output, text=TEXTS),
+        figures=expand(rules.section_figure.output.pdf, section=SECTIONS),
+        manifest=rules.manifest.output,
     output:
         "paper/main.pdf",
     log:

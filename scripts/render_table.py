@@ -1,4 +1,4 @@
-"""Writes the ablation section of the paper; a front end to `dynatree.render`."""
+"""Writes a section of the paper; a front end to `dynatree.render`."""
 
 import argparse
 from pathlib import Path
@@ -15,7 +15,9 @@ def main() -> None:
     parser.add_argument("--template", required=True, type=Path)
     parser.add_argument("--out", required=True, type=Path)
     arguments = parser.parse_args()
-    write_text(arguments.out, render(read_ablation(arguments.ablation), arguments.template))
+    ablation = read_ablation(arguments.ablation)
+    file = arguments.ablation.as_posix()
+    write_text(arguments.out, render(ablation, arguments.template, file).text)
     print(f"wrote {arguments.out}")
 
 

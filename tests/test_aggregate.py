@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from dynatree.ablation import Ablation, read_ablation, write_ablation
 from dynatree.aggregate import POSITIONS, aggregate, to_csv
 from dynatree.errors import LosslessError, ResultError
+from dynatree.results import records_digest, totals
 
 
 def facts(ablation, name):
@@ -110,7 +111,33 @@ def test_facts_of_rounds_and_phases(tmp_path):
     assert plain.acceptance is None
     assert plain.tokens_per_round == pytest.approx(1.0)
     assert tree.tokens_per_generation == 13
-    assert tree.first_token_seconds == pytest.approx(0.01)
+
+
+def test_latency_is_of_the_first_token_and_of_each_further_one(tmp_path):
+    latency = facts(synthetic.ablation(tmp_path, speedups={"tree": 2.0}), "tree").latency
+    assert latency.first_token.value == pytest.approx(0.01)
+    assert latency.first_token_change.value == pytest.approx(0.0)
+    # Twelve tokens follow; the second of three runs is at half the rate of the first.
+    assert latency.autoregressive_per_token.value == pytest.approx((13 / 50 - 0.01) / 12)
+    assert latency.per_token.value == pytest.approx((13 / 100 - 0.01) / 12)
+
+
+def test_a_single_token_has_no_time_per_further_token(tmp_path):
+    study = synthetic.config()
+    outputs = [synthetic.output(prompt, (1,)) for prompt in range(4)]
+    records = [
+        synthetic.record(study.spec("tree"), entry.prompt, entry.run, entry.method, 50.0, [])
+        for entry in synthetic.result(study.spec("tree")).records
+    ]
+    changes = {
+        "records": records,
+        "records_digest": records_digest(records),
+        "totals": totals([entry for entry in records if entry.method == "strategy"]),
+        "outputs": outputs,
+    }
+    tree = facts(synthetic.ablation(tmp_path, study, changes={"tree": changes}), "tree")
+    assert tree.latency.per_token is None
+    assert tree.accepted_length is None
 
 
 def by_position(measured):

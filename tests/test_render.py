@@ -11,15 +11,20 @@ from hypothesis import strategies as st
 
 from dynatree.errors import ResultError
 from dynatree.render import breakable, escape, render
+from dynatree.trace import Source
 
 PAPER = Path(__file__).parents[1] / "paper"
 TEMPLATE = PAPER / "templates/ablation.tex.j2"
 HOSTILE = r"A & B 50% a_b #1 ~ $x$ \ { } ^ \input{/etc/passwd}"
 
 
+def page(ablation, template=TEMPLATE):
+    return render(ablation, template, "results/ablation.json")
+
+
 def text(folder, study=None, speedups=None, changes=None):
     """The rendered section, its lines joined."""
-    rendered = render(synthetic.ablation(folder, study, speedups, changes), TEMPLATE)
+    rendered = page(synthetic.ablation(folder, study, speedups, changes)).text
     return " ".join(rendered.split())
 
 
@@ -86,7 +91,7 @@ def test_the_column_lossless_is_what_the_certificate_found(tmp_path):
     study = synthetic.config(dtype="bfloat16", tables={"forward": ["ar", "tree"]})
     certified = synthetic.certificate(study, {"tree": [synthetic.departure(0.15)]})
     ablation = synthetic.ablation(tmp_path, study, certified=certified)
-    tex = " ".join(render(ablation, TEMPLATE).split())
+    tex = " ".join(page(ablation).text.split())
     assert tex.count(r"& exact \\") == tex.count(r"& rounding \\") == 1
     assert r"compared with greedy \texttt{generate}" in tex
     without = text(tmp_path, study)
@@ -143,8 +148,30 @@ def test_verification_efficiency_is_tabulated(tmp_path):
     tex = text(tmp_path, changes={"tree": {"rounds": rounds, "outputs": outputs}})
     cells = verification(tex)
     # 5 x 3 + 50 x 1 of 55 x 4; 120 tokens in 55 rounds; 20/23, 0, 5/6 and 5/6 of the 8-grams.
-    assert cells[LINE] == ["29.5", "2.18", "2.00", "4.00", "--", "9.00", "660", "63.4", "87.0"]
-    assert cells["target only"] == ["--", "1.00", "1.00", "--", "--", "0.00", "144", "83.3", "83.3"]
+    assert cells[LINE] == [
+        "29.5",
+        "1.18",
+        "2.18",
+        "2.00",
+        "4.00",
+        "--",
+        "9.00",
+        "660",
+        "63.4",
+        "87.0",
+    ]
+    assert cells["target only"] == [
+        "--",
+        "--",
+        "1.00",
+        "1.00",
+        "--",
+        "--",
+        "0.00",
+        "144",
+        "83.3",
+        "83.3",
+    ]
     assert r"$<100$ & 100--499 & $\geq500$" in tex
     assert r"up to 87.0\,\% in one output" in tex
 
@@ -199,7 +226,7 @@ def test_different_threads_are_noted_in_the_caption(tmp_path):
 
 def test_rendering_twice_gives_equal_bytes(tmp_path):
     ablation = synthetic.ablation(tmp_path, speedups={"tree": [1.0, 1.5, 2.0, 2.5]})
-    assert render(ablation, TEMPLATE) == render(ablation, TEMPLATE)
+    assert page(ablation) == page(ablation)
 
 
 def test_labels_are_escaped(tmp_path):
@@ -226,14 +253,41 @@ def test_an_unknown_name_in_the_template_is_an_error_that_names_it(tmp_path):
     template = tmp_path / "broken.tex.j2"
     template.write_text("<< setting.pear >>")
     with pytest.raises(ResultError, match=r"broken\.tex\.j2: .*pear"):
-        render(synthetic.ablation(tmp_path), template)
+        page(synthetic.ablation(tmp_path), template)
 
 
 def test_a_number_without_a_form_is_an_error(tmp_path):
     template = tmp_path / "raw.tex.j2"
     template.write_text("<< ablation.configurations[0].speedup.value >>")
     with pytest.raises(ResultError, match=r"no form for 1\.0"):
-        render(synthetic.ablation(tmp_path), template)
+        page(synthetic.ablation(tmp_path), template)
+
+
+def test_a_number_without_a_source_is_an_error(tmp_path):
+    template = tmp_path / "typed.tex.j2"
+    template.write_text("<< 7 + setting.prompts - setting.prompts >><< 7 >>")
+    with pytest.raises(ResultError, match=r"no source for 7: print numbers of results"):
+        page(synthetic.ablation(tmp_path), template)
+
+
+def test_a_page_says_what_it_shows_where_and_from_where(tmp_path):
+    rendered = page(synthetic.ablation(tmp_path, speedups={"tree": [1.0, 1.5, 2.0, 2.5]}))
+    lines = rendered.text.split("\n")
+    assert len(rendered.shown) > 50
+    for shown in rendered.shown:
+        assert lines[shown.line - 1][shown.column - 1 :].startswith(shown.text)
+        assert shown.sources
+    cells = {shown.text: shown.sources for shown in rendered.shown}
+    interval = [
+        Source("results/ablation.json", f"$.configurations[2].speedup.{place}")
+        for place in ("value", "interval.low", "interval.high")
+    ]
+    assert cells[next(text for text in cells if text.startswith(r"\measured{1.65}"))] == interval
+    # A quotient has the places of both operands.
+    accepted = Source(
+        "results/ablation.json", "$.configurations[2].acceptance_by_depth[0].accepted"
+    )
+    assert [accepted in sources for sources in cells.values()].count(True) >= 1
 
 
 @pytest.mark.tex
@@ -254,7 +308,7 @@ def test_the_paper_compiles_and_nothing_overflows(tmp_path):
     changes = {"tree": {"rounds": [[(250, 9, 1)] * 50 + [(250, 9, 9)] * 5_000] * 4}}
     certified = synthetic.certificate(study, {"tree": [synthetic.departure(0.15)]})
     ablation = synthetic.ablation(tmp_path, study, speedups, changes, certified)
-    rendered = render(ablation, TEMPLATE)
+    rendered = page(ablation).text
     (tmp_path / "ablation.tex").write_text(rendered, encoding="utf-8")
     # The section alone, in a plain article with nothing but the two packages.
     (tmp_path / "main.tex").write_text(

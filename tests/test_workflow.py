@@ -81,7 +81,7 @@ def first(tmp_path_factory):
             folder / name,
             ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"),
         )
-    for name in ("Snakefile", "paper/main.tex"):
+    for name in ("Snakefile", "paper/main.tex", "paper/references.bib"):
         shutil.copy2(PROJECT / name, folder / name)
     shutil.copy2(PROJECT / "tests/micro.yaml", folder / "config.yaml")
     where = command(folder, "python", "-c", "import dynatree; print(dynatree.__file__)").stdout
@@ -132,6 +132,17 @@ def test_the_paper_is_built_by_one_command(project):
     done = snakemake(project, "paper/main.pdf", "--cores", "2")
     assert done.returncode == 0, done.stdout
     assert (project / "paper/main.pdf").read_bytes().startswith(b"%PDF")
+    assert planned(project, "paper/main.pdf") == {}
+    trace = command(project, "python", "-c", "from dynatree.cli import app; app()", "trace", TABLE)
+    assert trace.returncode == 0, trace.stdout
+    assert "$.configurations[2].speedup.value" in trace.stdout
+    assert f"(measured in {RUN})" in trace.stdout
+    append(project / "paper/prose.tex", "% more\n")
+    refused = command(
+        project, "python", "-c", "from dynatree.cli import app; app()", "trace", "paper/prose.tex"
+    )
+    assert refused.returncode == 1
+    assert "error: paper/prose.tex: is not the file that paper/manifest.json" in refused.stdout
 
 
 def test_missing_tex_names_the_packages(project):

@@ -100,6 +100,23 @@ class PositionRounds(Fact):
         return self.tokens / self.rounds if self.rounds else None
 
 
+class Latency(Fact):
+    """Seconds that a reader waits, and the same of autoregressive decoding in the job.
+
+    Attributes:
+        first_token: median time to the first token, the prefill of target and draft (TTFT).
+        first_token_change: relative change against autoregressive decoding, paired by prompt and
+            run; positive is slower.
+        per_token: median time for each further token (TPOT); None when there was none.
+    """
+
+    first_token: Estimate
+    autoregressive_first_token: Estimate
+    first_token_change: Estimate
+    per_token: Estimate | None
+    autoregressive_per_token: Estimate | None
+
+
 class ConfigurationFacts(Fact):
     """One measured configuration.
 
@@ -121,7 +138,8 @@ class ConfigurationFacts(Fact):
             the same output; text that loops is easy to draft.
         repeated_8grams_max: the same of the output that repeats itself most.
         phase_share: share of the time by phase.
-        first_token_seconds: median time to the first token.
+        peak_memory_bytes: largest memory held while the job ran both methods: the device's on
+            CUDA, else the process's.
         unequal_prompts: outputs that differ from autoregressive decoding.
         largest_gap: over these, the largest difference of the target's two largest logits at
             the first differing token; None when every output is equal.
@@ -146,7 +164,7 @@ class ConfigurationFacts(Fact):
     repeated_8grams_mean: Share
     repeated_8grams_max: Share
     phase_share: dict[str, Share]
-    first_token_seconds: PositiveFloat
+    latency: Latency
     peak_memory_bytes: PositiveInt
     unequal_prompts: NonNegativeInt
     largest_gap: NonNegativeFloat | None
@@ -154,6 +172,12 @@ class ConfigurationFacts(Fact):
     threads: PositiveInt
     commit: str | None
     dirty: bool | None
+
+    @property
+    def accepted_length(self) -> float | None:
+        """Draft tokens accepted per round; None where nothing was drafted."""
+        accepted = sum(entry.accepted for entry in self.acceptance_by_depth)
+        return accepted / self.rounds if self.acceptance_by_depth else None
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Self:
@@ -231,7 +255,7 @@ class Setting(Fact):
 class Ablation(Fact):
     """All that the paper says about the ablation."""
 
-    schema_version: Literal[2] = 2
+    schema_version: Literal[3] = 3
     setting: Setting
     configurations: Annotated[list[ConfigurationFacts], Field(min_length=1)]
     sweeps: list[Sweep]

@@ -15,6 +15,8 @@ Notation: a generation's throughput is its new tokens divided by its wall time i
   whatever the width of the tree; by depth, rounds that accepted there per round that offered there.
 - Tokens per round by position: greedy text that starts to loop inflates acceptance, so rounds are
   also counted by how many new tokens stood before them, beside a measure of the repetition.
+- Latency: time to first token (TTFT) is the prefill of target and draft; time per output token
+  (TPOT) is the remaining time divided by the remaining tokens; medians over generations.
 - Intervals: see `dynatree.estimates`.
 """
 
@@ -33,6 +35,7 @@ from dynatree.ablation import (
     ConfigurationFacts,
     DepthAcceptance,
     Estimate,
+    Latency,
     Override,
     PositionRounds,
     Row,
@@ -164,7 +167,6 @@ def to_csv(ablation: Ablation) -> str:
                 "acceptance",
                 "repeated_8grams_mean",
                 "repeated_8grams_max",
-                "first_token_seconds",
                 "peak_memory_bytes",
                 "unequal_prompts",
                 "lossless",
@@ -173,6 +175,10 @@ def to_csv(ablation: Ablation) -> str:
                 "dirty",
             }
         )
+        line["accepted_length"] = facts.accepted_length
+        line |= _flat("first_token_seconds", facts.latency.first_token)
+        line |= _flat("first_token_change", facts.latency.first_token_change)
+        line |= _flat("seconds_per_token", facts.latency.per_token)
         for part in facts.rounds_by_position:
             where = f"{part.start}_to_{part.stop}" if part.stop else f"from_{part.start}"
             line[f"rounds_{where}"] = part.rounds
@@ -365,6 +371,34 @@ def _later_change(counts: npt.NDArray[np.int64]) -> Estimate | None:
     return _change(rates[:, 1], rates[:, 0])
 
 
+def _latency(result: RunResult) -> Latency:
+    shape = (len(result.spec.prompts), result.spec.measure.runs)
+    first: dict[Method, Floats] = {}
+    later: dict[Method, Floats] = {}
+    for method in ("autoregressive", "strategy"):
+        first[method], later[method] = np.empty(shape), np.full(shape, np.nan)
+        for record in result.of(method):
+            at = record.prompt, record.run
+            first[method][at] = record.first_token_seconds
+            if record.tokens > 1:
+                rest = record.seconds - record.first_token_seconds
+                later[method][at] = rest / (record.tokens - 1)
+    changes = paired_ratios(first["strategy"], first["autoregressive"])
+    # A prompt whose output ends with its first token says nothing of further ones.
+    going_on = ~np.isnan(later["strategy"] + later["autoregressive"]).any(axis=1)
+
+    def per_token(method: Method) -> Estimate | None:
+        return estimate(later[method][going_on], median) if going_on.any() else None
+
+    return Latency(
+        first_token=estimate(first["strategy"], median),
+        autoregressive_first_token=estimate(first["autoregressive"], median),
+        first_token_change=estimate(changes[:, None], _relative_change),
+        per_token=per_token("strategy"),
+        autoregressive_per_token=per_token("autoregressive"),
+    )
+
+
 def _facts(
     config: Config,
     name: str,
@@ -416,7 +450,7 @@ def _facts(
             for phase, spent in result.totals.seconds_by_phase.items()
             if seconds
         },
-        first_token_seconds=float(np.median([record.first_token_seconds for record in records])),
+        latency=_latency(result),
         peak_memory_bytes=result.peak_memory_bytes,
         unequal_prompts=sum(not output.equal for output in result.outputs),
         largest_gap=max(

@@ -1,4 +1,4 @@
-"""The `dynatree` command: decode a prompt, measure or certify, outside the pipeline."""
+"""The `dynatree` command: decode, measure or certify outside the pipeline; trace values."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -175,6 +175,17 @@ def certify(
     write_certificate(out, certificate)
     certificate.require()
     console.print(f"lossless; certificate written to {out}")
+
+
+@typer_app.command()
+def trace(
+    file: Annotated[Path, typer.Argument(help="A text or figure, such as paper/ablation.tex.")],
+) -> None:
+    """Says for every value in FILE which place of which result file it comes from."""
+    from dynatree.manifest import describe
+
+    for line in describe(file):
+        typer.echo(line)
 
 
 def _spec(

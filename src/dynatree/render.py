@@ -1,12 +1,16 @@
-"""The ablation section of the paper, from the aggregation and a Jinja template.
+"""The texts of the paper, from measured facts and Jinja templates.
 
-The template chooses its sentences by the verdict of each interval, so the text claims nothing
+The templates choose their sentences by the verdict of each interval, so the text claims nothing
 that was not measured. Every text from outside is escaped; a number must pass through one of the
-filters below, which give it the same form everywhere.
+filters below, which give it the same form everywhere, and must know the place of a result file
+that it comes from (`dynatree.trace`). A page lists these places beside its text.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
+from functools import wraps
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from jinja2 import (
     Environment,
@@ -26,6 +30,16 @@ from dynatree.ablation import (
     Table,
 )
 from dynatree.errors import ResultError
+from dynatree.facts import Fact
+from dynatree.trace import (
+    Source,
+    TracedText,
+    counted,
+    distinct,
+    located,
+    sources_of,
+    traced,
+)
 
 BACKWARD = "backward"
 """The table of this name takes components away from its first row; every other adds them."""
@@ -65,34 +79,104 @@ _SPECIAL = {
 _LETTERS = frozenset("ÀÁÂÃÄÅÆÇÈÉÊËÌÍÎÏÑÒÓÔÕÖØÙÚÛÜÝßàáâãäåæçèéêëìíîïñòóôõöøùúûüýÿ")
 
 
-class Tex(str):
+# Around what a template prints, while it is rendered; `escape` lets none of these through.
+_BEGIN, _PRINTED, _END = "\ue000", "\ue001", "\ue002"
+_MARKED = re.compile(f"{_BEGIN}(\\d+){_PRINTED}(.*?){_END}", re.DOTALL)
+
+
+class Tex(TracedText):
     """Text that is LaTeX already."""
 
-    __slots__ = ()
+
+class Shown(Fact):
+    """What a page prints at `line` and `column` (from 1), and the places that it comes from."""
+
+    line: int
+    column: int
+    text: str
+    sources: list[Source]
+
+
+class Page(NamedTuple):
+    """A rendered text, and every value in it in order."""
+
+    text: str
+    shown: list[Shown]
 
 
 def escape(text: str) -> Tex:
     """LaTeX that prints `text`; what pdfLaTeX cannot print appears as its code point."""
     # Spaces are joined because a line break would end a caption or a comment in the middle.
-    return Tex(" ".join("".join(map(_character, word)) for word in text.split()))
+    escaped = " ".join("".join(map(_character, word)) for word in text.split())
+    return traced(Tex(escaped), sources_of(text))
 
 
 def breakable(text: str) -> Tex:
-    """As `escape`, and long words may be broken."""
-    return Tex(
-        " ".join(
-            (r"\allowbreak{}" if len(word) > WIDE else "").join(map(_character, word))
-            for word in text.split()
-        )
+    """As `escape`, and long words may be broken, though not before their last character."""
+    words = []
+    for word in text.split():
+        characters = [_character(character) for character in word]
+        if len(word.rstrip(",.;:")) > WIDE:
+            characters[:-2] = [f"{part}\\allowbreak{{}}" for part in characters[:-2]]
+        words.append("".join(characters))
+    return traced(Tex(" ".join(words)), sources_of(text))
+
+
+def render(ablation: Ablation, template: Path, file: str) -> Page:
+    """A section of the paper: tables and sentences about one aggregation.
+
+    Args:
+        file: the result file that `ablation` was read from.
+
+    Raises:
+        ResultError: as `fill`.
+    """
+    ablation = located(ablation, file)
+    configurations = ablation.configurations
+    outputs = counted(configurations) * ablation.setting.prompts
+
+    def candidates(sweep: str) -> list[ConfigurationFacts]:
+        best_of = next(entry.best_of for entry in ablation.sweeps if entry.name == sweep)
+        return traced(ablation.candidates(sweep), sources_of(best_of))
+
+    return fill(
+        template,
+        {
+            "ablation": ablation,
+            "setting": ablation.setting,
+            "file": Path(file).name,
+            "facts": ablation.facts,
+            "candidates": candidates,
+            "marks": lambda table: _marks(ablation, table),
+            "backward": BACKWARD,
+            "commits": distinct(commit(facts) for facts in configurations),
+            "gap": max(facts.largest_gap or 0.0 for facts in configurations),
+            "outputs": outputs,
+            "threads": distinct(facts.threads for facts in configurations),
+            "unequal": sum(facts.unequal_prompts for facts in configurations),
+        },
     )
 
 
-def render(ablation: Ablation, template: Path) -> str:
-    """The LaTeX of the ablation section.
+def fill(template: Path, names: Mapping[str, object]) -> Page:
+    """Renders a template.
+
+    Args:
+        names: what the template may use; `located` facts, so that values know their places.
 
     Raises:
-        ResultError: the template is missing, is not valid, or uses a name that does not exist.
+        ResultError: the template is missing, is not valid, uses a name that does not exist, or
+            prints a number without a form or without a source.
     """
+    printed: list[tuple[Source, ...]] = []
+
+    def finalize(value: object) -> str:
+        text = _printed(value)
+        if not text.sources:
+            return text
+        printed.append(text.sources)
+        return f"{_BEGIN}{len(printed) - 1}{_PRINTED}{text}{_END}"
+
     environment = Environment(
         loader=FileSystemLoader(template.parent),
         block_start_string="<%",
@@ -105,42 +189,48 @@ def render(ablation: Ablation, template: Path) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
         undefined=StrictUndefined,
-        finalize=_finalize,
+        finalize=finalize,
     )
-    environment.filters |= {
-        "breakable": breakable,
-        "change": _change,
-        "certified": _certified,
-        "count": _count,
-        "identifier": Tex,
-        "interval": _interval,
-        "size": _size,
-        "logit": _logit,
-        "range": _range,
-        "ratio": _ratio,
-        "share": _share,
-        "stacked": _stacked,
-        "tuning": _tuning,
-    }
-    configurations = ablation.configurations
+    environment.filters |= {name: _tracing(form) for name, form in _FILTERS.items()}
+    environment.filters["counted"] = counted
     try:
-        return environment.get_template(template.name).render(
-            ablation=ablation,
-            setting=ablation.setting,
-            facts=ablation.facts,
-            candidates=ablation.candidates,
-            marks=lambda table: _marks(ablation, table),
-            backward=BACKWARD,
-            commits=sorted({_commit(facts) for facts in configurations}),
-            gap=max(facts.largest_gap or 0.0 for facts in configurations),
-            outputs=len(configurations) * ablation.setting.prompts,
-            threads=sorted({facts.threads for facts in configurations}),
-            unequal=sum(facts.unequal_prompts for facts in configurations),
-        )
+        return _page(environment.get_template(template.name).render(names), printed)
     except TemplateError as error:
         raise ResultError(
             f"{template}: {type(error).__name__}: {error}; fix the template"
         ) from None
+
+
+def commit(facts: ConfigurationFacts) -> str:
+    """The commit that measured a configuration, in words."""
+    if facts.commit is None:
+        return "an unknown commit"
+    text = facts.commit + (" with uncommitted changes" if facts.dirty else "")
+    return traced(text, sources_of(facts.commit))
+
+
+def _page(marked: str, printed: list[tuple[Source, ...]]) -> Page:
+    """The text without its marks, and what stood between them."""
+    text, shown, end = "", [], 0
+    for match in _MARKED.finditer(marked):
+        text += marked[end : match.start()]
+        end = match.end()
+        line, column = text.count("\n") + 1, len(text) - text.rfind("\n")
+        sources = list(printed[int(match[1])])
+        shown.append(Shown(line=line, column=column, text=match[2], sources=sources))
+        text += match[2]
+    return Page(text + marked[end:], shown)
+
+
+def _tracing(form: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter whose result has the places of its arguments, unless it has its own."""
+
+    @wraps(form)
+    def filtered(*arguments: Any) -> Any:
+        result = form(*arguments)
+        return result if sources_of(result) else traced(result, sources_of(*arguments))
+
+    return filtered
 
 
 def _character(character: str) -> str:
@@ -151,15 +241,19 @@ def _character(character: str) -> str:
     return f"U+{ord(character):04X}"
 
 
-def _finalize(value: object) -> str:
-    """What `<< value >>` prints; a float without a form is a mistake in the template."""
+def _printed(value: object) -> Tex:
+    """What `<< value >>` prints; a number without a form or a source is the template's mistake."""
     if isinstance(value, Tex):
         return value
     if isinstance(value, str):
         return escape(value)
-    if isinstance(value, int):
-        return str(value)
-    raise TemplateRuntimeError(f"no form for {value}: pass it through a filter")
+    if not isinstance(value, int):
+        raise TemplateRuntimeError(f"no form for {value}: pass it through a filter")
+    if not sources_of(value):
+        raise TemplateRuntimeError(
+            f"no source for {value}: print numbers of results, or pass it through layout"
+        )
+    return traced(Tex(int(value)), sources_of(value))
 
 
 def _rate(value: float) -> Tex:
@@ -210,24 +304,53 @@ def _interval(estimate: Estimate, form: str) -> Tex:
     """The interval in brackets, in the unit of its value, or that there is none."""
     if estimate.interval is None:
         return Tex("(a single prompt, no interval)")
-    return Tex(f"${_brackets(estimate.interval, form)}$")
+    return traced(Tex(f"${_brackets(estimate.interval, form)}$"), sources_of(estimate.interval))
 
 
 def _stacked(estimate: Estimate | None, form: str) -> Tex:
-    """A table cell: the value, and below it the interval in small print."""
+    r"""A table cell: the value, and below it the interval in small print (`\measured`)."""
     if estimate is None:
         return Tex("--")
-    lines = [f"${_FORMS[form](estimate.value)}$"]
-    if estimate.interval is not None:
-        lines.append(rf"{{\scriptsize ${_brackets(estimate.interval, form)}$}}")
-    return Tex(r"\begin{tabular}[t]{@{}r@{}}" + r"\\".join(lines) + r"\end{tabular}")
+    value = _FORMS[form](estimate.value)
+    if estimate.interval is None:
+        return Tex(f"${value}$")
+    return Tex(rf"\measured{{{value}}}{{{_brackets(estimate.interval, form)}}}")
 
 
 def _brackets(interval: Interval, form: str) -> str:
     return f"[{_FORMS[form](interval.low)}, {_FORMS[form](interval.high)}]"
 
 
-_FORMS: dict[str, Callable[[float], Tex]] = {"rate": _rate, "ratio": _ratio, "change": _signed}
+def _milliseconds(value: float | None) -> Tex:
+    return Tex("--" if value is None else f"{1000 * value:.1f}")
+
+
+def _mebibytes(value: int) -> Tex:
+    return Tex(f"{value / 2**20:.0f}")
+
+
+def _minutes(seconds: float) -> Tex:
+    return Tex(f"{seconds / 60:.0f}")
+
+
+def _parameters(value: int) -> Tex:
+    """A number of parameters in words."""
+    if value >= 10**9:
+        return Tex(f"{value / 10**9:.1f} billion")
+    return Tex(f"{value / 10**6:.1f} million" if value >= 10**5 else f"{value}")
+
+
+def _listed(values: list[str]) -> str:
+    """Texts that may differ from run to run: `2.13.0`, `2.13.0 or 2.12.1`."""
+    return " or ".join(values)
+
+
+_FORMS: dict[str, Callable[[float], Tex]] = {
+    "rate": _rate,
+    "ratio": _ratio,
+    "change": _signed,
+    "milliseconds": _milliseconds,
+}
 
 
 def _count(numbers: int | list[int], noun: str) -> str:
@@ -252,7 +375,8 @@ def _tuning(overrides: list[Override]) -> str:
 
 def _marks(ablation: Ablation, table: Table) -> dict[str, Tex]:
     """A footnote mark for each different tuning in `table`."""
-    tunings = [_tuning(ablation.facts(row.configuration).overrides) for row in table.rows]
+    overrides = [ablation.facts(row.configuration).overrides for row in table.rows]
+    tunings = [traced(_tuning(entry), sources_of(entry)) for entry in overrides]
     symbols = (r"\dagger", r"\ddagger", r"\S", r"\P")
     return {
         tuning: Tex(f"$^{{{symbols[index % 4] * (index // 4 + 1)}}}$")
@@ -260,7 +384,26 @@ def _marks(ablation: Ablation, table: Table) -> dict[str, Tex]:
     }
 
 
-def _commit(facts: ConfigurationFacts) -> str:
-    if facts.commit is None:
-        return "an unknown commit"
-    return facts.commit + (" with uncommitted changes" if facts.dirty else "")
+_FILTERS: dict[str, Callable[..., Any]] = {
+    "breakable": breakable,
+    "change": _change,
+    "certified": _certified,
+    "count": _count,
+    "interval": _interval,
+    # What is no value: labels, names of macros and files, numbers of rows and columns.
+    "layout": lambda value: Tex(value),
+    "listed": _listed,
+    "logit": _logit,
+    "mebibytes": _mebibytes,
+    "milliseconds": _milliseconds,
+    "minutes": _minutes,
+    "parameters": _parameters,
+    "range": _range,
+    "rate": _rate,
+    "ratio": _ratio,
+    "share": _share,
+    "signed": _signed,
+    "size": _size,
+    "stacked": _stacked,
+    "tuning": _tuning,
+}

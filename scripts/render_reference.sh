@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Renders the results in the given folder, once more or for the first time, and the README's tables.
+set -euo pipefail
+folder=$1
+sections=(ablation families)
+for section in "${sections[@]}"; do
+    python scripts/render_table.py --ablation "$folder/$section.json" \
+        --template paper/templates/ablation.tex.j2 --out "$folder/$section.tex"
+    python scripts/draw_figure.py --ablation "$folder/$section.json" \
+        --pdf "$folder/$section.pdf" --png "$folder/$section.png"
+    rm "$folder/$section.pdf"
+done
+for text in numbers prose tables; do
+    python scripts/render_paper.py --results "$folder" --sections "${sections[@]}" \
+        --template "paper/templates/$text.tex.j2" --out "$folder/$text.tex"
+done
+python scripts/write_manifest.py --results "$folder" --sections "${sections[@]}" \
+    --templates paper/templates --paper "$folder" --figures "$folder" --out "$folder/manifest.json"
+python scripts/update_readme.py --readme README.md --reference "$folder" --benchmarks bench/results
