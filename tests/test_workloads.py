@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,7 @@ def test_prompts_have_the_wanted_length_begin_at_lines_and_share_none(text):
         assert not prompt.startswith("\n")
         starts.append(start)
     starts.sort()
-    assert all(after - before >= 70 for before, after in zip(starts, starts[1:], strict=False))
+    assert all(after - before >= 70 for before, after in pairwise(starts))
 
 
 def test_the_seed_says_which_and_fewer_are_the_first_of_more(text):
