@@ -77,6 +77,22 @@ def run_texts(wildcards):
     return STUDY.files(wildcards.name)
 
 
+def experiment_runs(wildcards):
+    """The results of all points; points that measure the same share one."""
+    return run_files(point.run for point in STUDY.points(wildcards.experiment))
+
+
+def experiment_texts(wildcards):
+    """The local files that the prompts of the points are chosen from."""
+    points = STUDY.points(wildcards.experiment)
+    return sorted({path for point in points for path in STUDY.files(point.run)})
+
+
+def experiment_study(wildcards):
+    """All that an experiment depends on, as one string."""
+    return STUDY.experiment(wildcards.experiment).canonical()
+
+
 def pair_recipe(wildcards):
     """The recipe of the pair to train, as one string."""
     return canonical(STUDY.pairs[wildcards.pair].recipe.model_dump(mode="json"))

@@ -1,22 +1,6 @@
 """Experiments: the runs of all points of a grid, aggregated into one file; a target for each."""
 
 
-def experiment_runs(wildcards):
-    """The results of all points; points that measure the same share one."""
-    return run_files(point.run for point in STUDY.points(wildcards.experiment))
-
-
-def experiment_texts(wildcards):
-    """The local files that the prompts of the points are chosen from."""
-    points = STUDY.points(wildcards.experiment)
-    return sorted({path for point in points for path in STUDY.files(point.run)})
-
-
-def experiment_study(wildcards):
-    """All that an experiment depends on, as one string."""
-    return STUDY.experiment(wildcards.experiment).canonical()
-
-
 rule aggregate_experiment:
     input:
         script="scripts/aggregate_experiment.py",
@@ -30,9 +14,9 @@ rule aggregate_experiment:
         csv="results/experiments/{experiment}.csv",
     log:
         "results/logs/aggregate_experiment/{experiment}.log",
+    localrule: True
     conda:
         "../envs/dynatree.yaml"
-    localrule: True
     params:
         study=experiment_study,
         source_digest=source_digest(PACKAGE / "measure.py"),
