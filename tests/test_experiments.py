@@ -168,6 +168,7 @@ def test_experiments_survive_json_and_concern_no_section():
     assert again.points("grid") == config.points("grid")
     alone = study({"grid": {"configs": ["tree"]}, "more": {"configs": ["ar"]}}).experiment("grid")
     assert list(alone.experiments) == ["grid"]
+    assert parse_config(json.loads(alone.canonical())) == alone
     without = one(["tree"], {"depth": [9]})
     assert without.section("ablation").canonical() == config.section("ablation").canonical()
     assert without.measured == config.measured == ["ar", "linear", "tree"]

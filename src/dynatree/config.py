@@ -678,18 +678,21 @@ class Config(Section):
     def section(self, name: str) -> "Config":
         """The configuration with the tables of section `name` alone."""
         tables = {table: self.tables[table] for table in self.sections[name]}
-        return self.model_copy(
-            update={
-                "tables": tables,
-                "sections": {name: self.sections[name]},
-                "experiments": {},
-            }
-        )
+        return self._reduced([], tables=tables, sections={name: self.sections[name]})
 
     def experiment(self, name: str) -> "Config":
         """The configuration with experiment `name` alone; raises as `points`."""
         self.points(name)
-        return self.model_copy(update={"experiments": {name: self.experiments[name]}})
+        return self._reduced([name])
+
+    def _reduced(self, experiments: list[str], **changes: Any) -> "Config":
+        """A copy with `experiments` alone, equal to one that was read with no others."""
+        kept = {name: self.experiments[name] for name in experiments}
+        reduced = self.model_copy(update={**changes, "experiments": kept})
+        reduced._points = {name: self._points[name] for name in experiments}
+        runs = {point.run for points in reduced._points.values() for point in points}
+        reduced._runs = {run: entry for run, entry in self._runs.items() if run in runs}
+        return reduced
 
     def points(self, experiment: str) -> list[Point]:
         """What the experiment of that name measures.
