@@ -14,6 +14,7 @@ include: "rules/pairs.smk"
 include: "rules/measure.smk"
 include: "rules/certify.smk"
 include: "rules/paper.smk"
+include: "rules/experiments.smk"
 
 
 localrules:

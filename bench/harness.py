@@ -25,9 +25,10 @@ from dynatree.config import RunSpec, load_config, parse_config
 from dynatree.errors import LosslessError
 from dynatree.estimates import Floats, estimate, geometric_mean, paired_ratios
 from dynatree.files import write_text
-from dynatree.measure import encode_prompts, first_difference, timed
+from dynatree.measure import first_difference, timed
 from dynatree.pairs import Pair, load_models
 from dynatree.provenance import provenance
+from dynatree.workloads import encode_prompts
 
 SYSTEM = "dynatree"
 """The configuration that is the full system."""
@@ -124,7 +125,8 @@ def load(arguments: argparse.Namespace, name: str) -> Setting:
         models |= _given(device=arguments.device, runtime=arguments.runtime)
         models["measure"] |= _given(runs=arguments.runs, max_new_tokens=arguments.tokens)
     spec = parse_config(data, "command line").spec(name)
-    spec = spec.model_copy(update={"prompts": spec.prompts[: arguments.prompts]})
+    if arguments.prompts is not None:
+        spec = spec.first(arguments.prompts)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     pair = load_models(spec.pair, spec.models)

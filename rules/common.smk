@@ -23,10 +23,14 @@ wildcard_constraints:
     text="|".join(TEXTS),
 
 
+def run_files(names):
+    """The result files of runs, once each."""
+    return [f"results/runs/{STUDY.pair}/{name}.json" for name in dict.fromkeys(names)]
+
+
 def section_runs(section):
     """The results that the tables of a section need, the certificate among them."""
-    names = STUDY.section(section).measured
-    return [CERTIFICATE, *(f"results/runs/{STUDY.pair}/{name}.json" for name in names)]
+    return [CERTIFICATE, *run_files(STUDY.section(section).measured)]
 
 
 ALL_RUNS = sorted({run for section in SECTIONS for run in section_runs(section)})
@@ -55,8 +59,10 @@ TRAINING = (
     if PAIR_FILES
     else []
 )
-MEASURING = ["scripts/measure.py", *imported_sources("scripts/measure.py")]
-CERTIFYING = ["scripts/certify.py", *imported_sources("scripts/certify.py")]
+# The local files that the prompts of the tables' configurations are chosen from.
+TEXTS = sorted({path for name in STUDY.measured for path in STUDY.files(name)})
+MEASURING = ["scripts/measure.py", *imported_sources("scripts/measure.py"), *TEXTS]
+CERTIFYING = ["scripts/certify.py", *imported_sources("scripts/certify.py"), *TEXTS]
 AGGREGATING = [
     "scripts/aggregate.py",
     *imported_sources("scripts/aggregate.py"),
@@ -69,6 +75,27 @@ AGGREGATING = [
 def run_spec(wildcards):
     """All that a measurement depends on, as one string: Snakemake compares it whole."""
     return STUDY.spec(wildcards.name).canonical()
+
+
+def run_texts(wildcards):
+    """The local files that the prompts of a measurement are chosen from."""
+    return STUDY.files(wildcards.name)
+
+
+def experiment_runs(wildcards):
+    """The results of all points; points that measure the same share one."""
+    return run_files(point.run for point in STUDY.points(wildcards.experiment))
+
+
+def experiment_texts(wildcards):
+    """The local files that the prompts of the points are chosen from."""
+    points = STUDY.points(wildcards.experiment)
+    return sorted({path for point in points for path in STUDY.files(point.run)})
+
+
+def experiment_study(wildcards):
+    """All that an experiment depends on, as one string."""
+    return STUDY.experiment(wildcards.experiment).canonical()
 
 
 def pair_recipe(wildcards):

@@ -6,6 +6,7 @@ rule measure:
         script="scripts/measure.py",
         sources=imported_sources("scripts/measure.py"),
         trained_by=TRAINING,
+        texts=run_texts,
         pair=PAIR_FILES,
     output:
         "results/runs/{pair}/{name}.json",

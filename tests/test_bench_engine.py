@@ -18,10 +18,10 @@ from dynatree.clock import PhaseClock
 from dynatree.config import load_config
 from dynatree.decode import Decoder, Stats
 from dynatree.errors import ConfigError
-from dynatree.measure import encode_prompts
 from dynatree.pairs import load_models
 from dynatree.runtime import Runtime
 from dynatree.strategies import Autoregressive, Linear, Tree
+from dynatree.workloads import encode_prompts
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 

@@ -55,8 +55,8 @@ def spec(dtype="float32", names=("ar", "tree"), prompts=PROMPTS):
     )
 
 
-def tokenizer(text, return_tensors):
-    return SimpleNamespace(input_ids=prompt(LENGTH, int(text))[None])
+def tokenizer(text, verbose):
+    return SimpleNamespace(input_ids=prompt(LENGTH, int(text)).tolist())
 
 
 tokenizer.eos_token_id = None

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dynatree.experiments import read_experiment
 from dynatree.results import read_result
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -220,6 +221,17 @@ CHANGES = {
         lambda at: append(at / "src/dynatree/render.py", "\nEXTRA = 1\n"),
         {"section_text": 1, "all": 1},
     ),
+    "the text of the workload": (
+        lambda at: (
+            (at / "text.txt").write_text("Return a list of all the items.\n" * 9),
+            replace(
+                at / CONFIG,
+                '    prompts:\n      - "The with statement"\n      - "Return a list"\n',
+                "    file: text.txt\n    count: 2\n",
+            ),
+        ),
+        {"measure": 4, "certify": 1, **AGGREGATED},
+    ),
     "the template": (
         lambda at: append(at / "paper/templates/ablation.tex.j2", "% more\n"),
         {"section_text": 1, "all": 1},
@@ -253,6 +265,83 @@ def test_comments_order_of_keys_and_file_times_rerun_nothing(project):
     for path in (project / "src").rglob("*.py"):
         path.touch()
     assert planned(project) == {}
+
+
+# Experiments.
+
+EXPERIMENTS = """
+experiments:
+  sweep:
+    configs: [tree]
+    grid: {branch_factor: [1, 2], depth: [4]}
+  lengths:
+    configs: [tree, ar]
+    grid: {workload: lines, prompt_tokens: [4, 6], runs: 1, max_new_tokens: 4}
+"""
+
+
+@pytest.fixture
+def experimental(project):
+    """The finished project with two experiments, of which one reads a file, and their runs."""
+    (project / "data").mkdir()
+    (project / "data/lines.txt").write_text("Return a list of all the items.\n" * 20)
+    append(project / CONFIG, EXPERIMENTS)
+    return project
+
+
+def test_experiments_are_targets_of_their_own(experimental):
+    assert planned(experimental) == {}
+    # Of the two points, a table shows one.
+    assert planned(experimental, "sweep") == {"measure": 1, "aggregate_experiment": 1, "sweep": 1}
+    assert planned(experimental, "sweep", "lengths") == {
+        "measure": 5,
+        "aggregate_experiment": 2,
+        "sweep": 1,
+        "lengths": 1,
+    }
+
+
+def test_an_experiment_is_run_to_the_end_and_reruns_what_is_stale(experimental):
+    done = snakemake(experimental, "lengths", "--cores", "1")
+    assert done.returncode == 0, done.stdout
+    experiment = read_experiment(experimental / "results/experiments/lengths.json")
+    assert [point.name for point in experiment.points] == [
+        f"lengths-{name}-prompt{length}" for name in ("tree", "ar") for length in (4, 6)
+    ]
+    assert [point.prompt_tokens_mean for point in experiment.points] == [4, 6, 4, 6]
+    assert (experimental / "results/experiments/lengths.csv").is_file()
+    assert planned(experimental, "lengths") == {}
+    rerun = {"aggregate_experiment": 1, "lengths": 1}
+    # Another place in the grid measures what is new; a changed text measures all.
+    replace(experimental / CONFIG, "prompt_tokens: [4, 6]", "prompt_tokens: [4, 5]")
+    assert planned(experimental, "lengths") == {"measure": 2, **rerun}
+    replace(experimental / CONFIG, "prompt_tokens: [4, 5]", "prompt_tokens: [6, 4]")
+    assert planned(experimental, "lengths") == rerun
+    replace(experimental / CONFIG, "prompt_tokens: [6, 4]", "prompt_tokens: [4, 6]")
+    (experimental / experiment_file(experiment, 0)).unlink()
+    assert planned(experimental, "lengths") == {"measure": 1, **rerun}
+    append(experimental / "data/lines.txt", "More.\n")
+    assert planned(experimental, "lengths") == {"measure": 4, **rerun}
+    assert planned(experimental) == {}
+
+
+def experiment_file(experiment, index):
+    return f"results/runs/micro/{experiment.points[index].run}.json"
+
+
+def test_a_missing_text_is_named_and_concerns_nothing_else(experimental):
+    (experimental / "data/lines.txt").unlink()
+    assert planned(experimental) == {}
+    done = snakemake(experimental, "-n", "lengths")
+    assert done.returncode != 0
+    assert "data/lines.txt" in done.stdout
+
+
+def test_an_experiment_with_the_name_of_a_rule_is_refused(experimental):
+    replace(experimental / CONFIG, "\n  sweep:", "\n  measure:")
+    done = snakemake(experimental, "-n")
+    assert done.returncode != 0
+    assert "experiments.measure: is the name of a rule; choose another name" in done.stdout
 
 
 # Faults.

@@ -237,8 +237,8 @@ class Table(Fact):
         return self
 
 
-class Setting(Fact):
-    """What was measured, on what and how often."""
+class PairSetting(Fact):
+    """What was measured, and on what."""
 
     pair: str
     note: str | None
@@ -247,6 +247,11 @@ class Setting(Fact):
     dtype: str
     device_type: str
     device: str
+
+
+class Setting(PairSetting):
+    """The same, and how often."""
+
     prompts: PositiveInt
     runs: PositiveInt
     max_new_tokens: PositiveInt

@@ -21,6 +21,7 @@ Notation: a generation's throughput is its new tokens divided by its wall time i
 """
 
 from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Final
@@ -37,6 +38,7 @@ from dynatree.ablation import (
     Estimate,
     Latency,
     Override,
+    PairSetting,
     PositionRounds,
     Row,
     Setting,
@@ -44,9 +46,10 @@ from dynatree.ablation import (
     Table,
 )
 from dynatree.certificate import Lossless, read_certificate
-from dynatree.config import Config, Models, ModelSource, RunSpec, Spec, Transformer
+from dynatree.config import Config, Models, ModelSource, Point, RunSpec, Spec, Transformer
 from dynatree.errors import ResultError
 from dynatree.estimates import Floats, estimate, geometric_mean, median, paired_ratios
+from dynatree.experiments import Experiment, PointFacts
 from dynatree.results import Method, RunResult, read_result
 
 SHOWN_DIFFERENCES = 6
@@ -93,34 +96,28 @@ def aggregate(
             other code, or they come from different weights or devices.
         LosslessError: the certificate says that a configuration is not lossless.
     """
-    paths = {name: results_dir / config.pair / f"{name}.json" for name in config.measured}
-    results = {
-        name: _current(path, config.spec(name), source_digest) for name, path in paths.items()
-    }
-    origins = {name: _origin(paths[name], result) for name, result in results.items()}
-    _same_weights(results, paths)
-    _same_device(origins, paths)
+    results, origins = _read(config, config.measured, results_dir, source_digest)
     weights = next(iter(results.values())).pair_digest
     certified = _certified(config, *certificate, weights) if certificate else {}
     speedups = {name: _prompt_speedups(result) for name, result in results.items()}
     used = dict.fromkeys(row for rows in config.tables.values() for row in rows)
     winners = {row: _fastest(config.candidates(row), speedups) for row in used}
-    device = next(iter(origins.values())).device
     return Ablation(
         setting=Setting(
-            pair=config.pair,
-            note=config.pair_spec.note,
-            target=_model(config.pair_spec, "target"),
-            draft=_model(config.pair_spec, "draft"),
-            dtype=config.pair_spec.dtype,
-            device_type=device.type,
-            device=device.name,
-            prompts=len(config.workload.prompts),
+            **_setting(config, origins).model_dump(),
+            prompts=len(next(iter(results.values())).spec.prompts),
             runs=config.measurement.runs,
             max_new_tokens=config.measurement.max_new_tokens,
         ),
         configurations=[
-            _facts(config, name, result, origins[name], speedups[name], certified.get(name))
+            _facts(
+                name,
+                result,
+                origins[name],
+                speedups[name],
+                _overrides(config, name),
+                certified.get(name),
+            )
             for name, result in results.items()
         ],
         sweeps=[
@@ -136,61 +133,211 @@ def aggregate(
     )
 
 
+def aggregate_experiment(
+    config: Config, name: str, results_dir: Path, source_digest: str
+) -> Experiment:
+    """Aggregates the runs of all points of the experiment called `name`.
+
+    The points are not certified: their jobs compare what they measure with autoregressive
+    decoding, as every job does.
+
+    Args:
+        config: the study; says which results are current.
+        results_dir: holds `<pair>/<run>.json`.
+        source_digest: digest of the code that measures (hex); other code's results are refused.
+
+    Raises:
+        ConfigError: there is no such experiment.
+        ResultError: a result is missing, damaged, of another specification or other code, or they
+            come from different weights or devices.
+    """
+    points = config.points(name)
+    runs = list(dict.fromkeys(point.run for point in points))
+    results, origins = _read(config, runs, results_dir, source_digest)
+    speedups = {run: _prompt_speedups(result) for run, result in results.items()}
+    shown = set()
+    for point in points:
+        # Candidates of one row at the same place of the grid.
+        rivals = {
+            other.run: other
+            for other in points
+            if (other.row, other.values) == (point.row, point.values)
+        }
+        shown.add(rivals[_fastest(list(rivals), speedups)].name)
+    return Experiment(
+        experiment=name,
+        setting=_setting(config, origins),
+        axes=list(dict.fromkeys(key for point in points for key in point.values)),
+        points=[
+            _point(config, name, point, results[point.run], origins[point.run], point.name in shown)
+            for point in points
+        ],
+        notes=_notes(origins),
+    )
+
+
 def to_csv(ablation: Ablation) -> str:
     """One line per configuration, intervals as `_low` and `_high`, changes by table."""
     lines = []
-    deepest = max(len(facts.acceptance_by_depth) for facts in ablation.configurations)
     for facts in ablation.configurations:
-        line: dict[str, Any] = {
-            "configuration": facts.name,
-            "pair": ablation.setting.pair,
-            "device": ablation.setting.device,
-            "description": facts.description,
-            "overrides": "; ".join(f"{entry.key}={entry.value}" for entry in facts.overrides),
-            "best_of": "; ".join(
-                sweep.name for sweep in ablation.sweeps if sweep.winner == facts.name
-            ),
-            **_flat("throughput_tokens_per_second", facts.throughput),
-            **_flat("autoregressive_tokens_per_second", facts.autoregressive_throughput),
-            **_flat("speedup", facts.speedup),
-        }
+        changes: dict[str, Any] = {}
         for table in ablation.tables:
             row = next((row for row in table.rows if row.configuration == facts.name), None)
             for versus in ("versus_previous", "versus_first"):
-                line |= _flat(f"{table.name}_{versus}", getattr(row, versus, None))
-        line |= facts.model_dump(
-            include={
-                "tokens_per_generation",
-                "rounds",
-                "tokens_per_round",
-                "nodes_per_round",
-                "acceptance",
-                "repeated_8grams_mean",
-                "repeated_8grams_max",
-                "peak_memory_bytes",
-                "unequal_prompts",
-                "lossless",
-                "threads",
-                "commit",
-                "dirty",
+                changes |= _flat(f"{table.name}_{versus}", getattr(row, versus, None))
+        best_of = "; ".join(sweep.name for sweep in ablation.sweeps if sweep.winner == facts.name)
+        lines.append(
+            {
+                "configuration": facts.name,
+                **_described(facts, ablation.setting),
+                "best_of": best_of,
+                **_speeds(facts),
+                **changes,
+                **_counts(facts, ablation.configurations),
             }
         )
-        line["accepted_length"] = facts.accepted_length
-        line |= _flat("first_token_seconds", facts.latency.first_token)
-        line |= _flat("first_token_change", facts.latency.first_token_change)
-        line |= _flat("seconds_per_token", facts.latency.per_token)
-        for part in facts.rounds_by_position:
-            where = f"{part.start}_to_{part.stop}" if part.stop else f"from_{part.start}"
-            line[f"rounds_{where}"] = part.rounds
-            line[f"tokens_per_round_{where}"] = part.tokens_per_round
-        line |= _flat("later_rounds", facts.later_rounds)
-        by_depth = {entry.depth: entry for entry in facts.acceptance_by_depth}
-        for depth in range(1, deepest + 1):
-            entry = by_depth.get(depth)
-            line[f"acceptance_depth_{depth}"] = entry.accepted / entry.offered if entry else None
-        line |= {f"{phase}_share": share for phase, share in facts.phase_share.items()}
-        lines.append(line)
     return pd.DataFrame(lines).to_csv(index=False, lineterminator="\n")
+
+
+def experiment_csv(experiment: Experiment) -> str:
+    """One line per point: where in the grid it lies, then what `to_csv` says of it."""
+    lines = [
+        {
+            "point": facts.name,
+            **facts.model_dump(
+                include={
+                    "run",
+                    "row",
+                    "configuration",
+                    "label",
+                    "shown",
+                    "workload",
+                    "prompts",
+                    "prompts_digest",
+                    "prompt_tokens_mean",
+                    "max_new_tokens",
+                    "runs",
+                }
+            ),
+            **{f"grid_{axis}": facts.values.get(axis) for axis in experiment.axes},
+            **_described(facts, experiment.setting),
+            **_speeds(facts),
+            **_counts(facts, experiment.points),
+        }
+        for facts in experiment.points
+    ]
+    return pd.DataFrame(lines).to_csv(index=False, lineterminator="\n")
+
+
+def _described(facts: ConfigurationFacts, setting: PairSetting) -> dict[str, Any]:
+    return {
+        "pair": setting.pair,
+        "device": setting.device,
+        "description": facts.description,
+        "overrides": "; ".join(f"{entry.key}={entry.value}" for entry in facts.overrides),
+    }
+
+
+def _speeds(facts: ConfigurationFacts) -> dict[str, Any]:
+    return {
+        **_flat("throughput_tokens_per_second", facts.throughput),
+        **_flat("autoregressive_tokens_per_second", facts.autoregressive_throughput),
+        **_flat("speedup", facts.speedup),
+    }
+
+
+def _counts(facts: ConfigurationFacts, lines: Sequence[ConfigurationFacts]) -> dict[str, Any]:
+    """Columns of `facts`, the same for all `lines` of a file."""
+    line = facts.model_dump(
+        include={
+            "tokens_per_generation",
+            "rounds",
+            "tokens_per_round",
+            "nodes_per_round",
+            "acceptance",
+            "repeated_8grams_mean",
+            "repeated_8grams_max",
+            "peak_memory_bytes",
+            "unequal_prompts",
+            "lossless",
+            "threads",
+            "commit",
+            "dirty",
+        }
+    )
+    line["accepted_length"] = facts.accepted_length
+    line |= _flat("first_token_seconds", facts.latency.first_token)
+    line |= _flat("first_token_change", facts.latency.first_token_change)
+    line |= _flat("seconds_per_token", facts.latency.per_token)
+    for part in facts.rounds_by_position:
+        where = f"{part.start}_to_{part.stop}" if part.stop else f"from_{part.start}"
+        line[f"rounds_{where}"] = part.rounds
+        line[f"tokens_per_round_{where}"] = part.tokens_per_round
+    line |= _flat("later_rounds", facts.later_rounds)
+    by_depth = {entry.depth: entry for entry in facts.acceptance_by_depth}
+    deepest = max(len(facts.acceptance_by_depth) for facts in lines)
+    for depth in range(1, deepest + 1):
+        entry = by_depth.get(depth)
+        line[f"acceptance_depth_{depth}"] = entry.accepted / entry.offered if entry else None
+    return line | {f"{phase}_share": share for phase, share in facts.phase_share.items()}
+
+
+def _read(
+    config: Config, names: Sequence[str], results_dir: Path, source_digest: str
+) -> tuple[dict[str, RunResult], dict[str, _Provenance]]:
+    """The current results of the runs `names`, and where they come from; raises ResultError."""
+    paths = {name: results_dir / config.pair / f"{name}.json" for name in names}
+    results = {
+        name: _current(path, config.spec(name), source_digest) for name, path in paths.items()
+    }
+    origins = {name: _origin(paths[name], result) for name, result in results.items()}
+    _same_weights(results, paths)
+    _same_device(origins, paths)
+    return results, origins
+
+
+def _setting(config: Config, origins: Mapping[str, _Provenance]) -> PairSetting:
+    device = next(iter(origins.values())).device
+    return PairSetting(
+        pair=config.pair,
+        note=config.pair_spec.note,
+        target=_model(config.pair_spec, "target"),
+        draft=_model(config.pair_spec, "draft"),
+        dtype=config.pair_spec.dtype,
+        device_type=device.type,
+        device=device.name,
+    )
+
+
+def _point(
+    config: Config,
+    experiment: str,
+    point: Point,
+    result: RunResult,
+    origin: _Provenance,
+    shown: bool,
+) -> PointFacts:
+    overrides = [
+        entry for entry in _overrides(config, point.config) if entry.key not in point.values
+    ]
+    facts = _facts(point.name, result, origin, _prompt_speedups(result), overrides, None)
+    label = config.label(point.row, experiment)
+    return PointFacts(
+        **dict(facts),
+        run=point.run,
+        spec_digest=result.spec_digest,
+        row=point.row,
+        configuration=point.config,
+        label=f"{label} ({facts.description})" if point.row in config.sweeps else label,
+        shown=shown,
+        values=point.values,
+        workload=result.spec.measure.workload,
+        prompts=len(result.spec.prompts),
+        prompts_digest=result.prompts_digest,
+        prompt_tokens_mean=float(np.mean([output.prompt_tokens for output in result.outputs])),
+        max_new_tokens=result.spec.measure.max_new_tokens,
+        runs=result.spec.measure.runs,
+    )
 
 
 def _current(path: Path, spec: RunSpec, source_digest: str) -> RunResult:
@@ -399,12 +546,22 @@ def _latency(result: RunResult) -> Latency:
     )
 
 
+def _overrides(config: Config, name: str) -> list[Override]:
+    """The values that the pair changes in configuration `name`."""
+    base = config.configs[name].run.model_dump()
+    return [
+        Override(key=key, value=value, instead_of=base.get(key))
+        for key, value in config.overrides(name).items()
+        if value != base.get(key)
+    ]
+
+
 def _facts(
-    config: Config,
     name: str,
     result: RunResult,
     origin: _Provenance,
     speedups: Floats,
+    overrides: list[Override],
     lossless: Lossless | None,
 ) -> ConfigurationFacts:
     records = result.of("strategy")
@@ -413,17 +570,12 @@ def _facts(
     positions = _position_counts(result)
     repeated = [output.repeated_8grams for output in result.outputs]
     seconds = sum(result.totals.seconds_by_phase.values())
-    base = config.configs[name].run.model_dump()
-    strategy = config.strategy(name)
+    strategy = result.spec.strategy
     return ConfigurationFacts(
         name=name,
         strategy=str(strategy.model_dump()["strategy"]),
         description=strategy.describe(),
-        overrides=[
-            Override(key=key, value=value, instead_of=base.get(key))
-            for key, value in config.overrides(name).items()
-            if value != base.get(key)
-        ],
+        overrides=overrides,
         throughput=estimate(_throughputs(result, "strategy"), median),
         autoregressive_throughput=estimate(_throughputs(result, "autoregressive"), median),
         speedup=estimate(speedups[:, None], geometric_mean),

@@ -35,12 +35,13 @@ from dynatree.certificate import (
 )
 from dynatree.config import CertificateSpec
 from dynatree.decode import Decoder
-from dynatree.measure import encode_prompts, first_difference
+from dynatree.measure import first_difference
 from dynatree.pairs import Pair
 from dynatree.provenance import provenance
 from dynatree.sampling import Sampler, Sampling
 from dynatree.sources import source_digest
 from dynatree.strategies import StrategyBase
+from dynatree.workloads import encode_prompts
 
 RIVALS = 9
 """How many of the tokens after the best one count as its rivals when noise is measured."""
@@ -83,6 +84,7 @@ def certify(spec: CertificateSpec, pair: Pair, progress: Progress = lambda _: No
 
     Raises:
         DecodeError: a prompt that does not fit, or logits that hold a NaN.
+        WorkloadError: the prompts cannot be had.
     """
     started = datetime.now(UTC)
     exact = spec.models.dtype == "float32"

@@ -51,9 +51,9 @@ def generate(
     spec = spec.model_copy(update={"prompts": [prompt]})
     # torch and Transformers take seconds to import; a wrong option should not wait for them.
     from dynatree.decode import Decoder, Stats
-    from dynatree.measure import encode_prompts
     from dynatree.pairs import load_models
     from dynatree.sampling import Sampling
+    from dynatree.workloads import encode_prompts
 
     how = Sampling.checked(
         temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, mode=sampling

@@ -7,7 +7,11 @@ There is no second schema. `load_config` either returns a `Config` that can be r
 import difflib
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
@@ -16,6 +20,8 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PlainValidator,
+    PrivateAttr,
     SerializerFunctionWrapHandler,
     TypeAdapter,
     ValidationError,
@@ -23,11 +29,15 @@ from pydantic import (
     model_validator,
 )
 
+from dynatree.embedded.corpus import language_reference
 from dynatree.errors import ConfigError
 from dynatree.strategies import Strategy, StrategyBase
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
 """Names become file names below `results/`, so they hold no separators and no shell characters."""
+
+ExperimentName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,31}$")]
+"""Names become targets of Snakemake and begin those of points, where a hyphen separates."""
 
 RuntimeMode = Literal["auto", "eager", "compiled", "cudagraph"]
 """How forwards run; `auto` is CUDA graphs on CUDA and eager elsewhere. See `dynatree.runtime`."""
@@ -35,6 +45,27 @@ RuntimeMode = Literal["auto", "eager", "compiled", "cudagraph"]
 Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0.0)]
+Scalar = bool | int | float | str
+"""A value that a field can be compared with, or have in a grid."""
+
+
+def _one_or_more(value: object) -> object:
+    # Checked here, because a union would complain once for each of its members.
+    values = value if isinstance(value, list) else [value]
+    if not values:
+        raise ValueError("must hold a value; add one, or remove the key")
+    for entry in values:
+        if not isinstance(entry, bool | int | float | str) or entry in ("", math.inf, -math.inf):
+            raise ValueError(
+                f"must be a number, a text, true or false, or a list of these, got {_short(entry)}"
+            )
+    return value
+
+
+OneOrMore = Annotated[Scalar | list[Scalar], PlainValidator(_one_or_more)]
+
+RECORD_FILES = (".jsonl", ".parquet")
+"""Files of records with fields; every other file is plain text."""
 
 
 class Section(BaseModel):
@@ -204,10 +235,198 @@ class PairSpec(Models):
     strategies: dict[Name, dict[str, Any]] = {}
 
 
-class Workload(Section):
-    """The prompts that every configuration decodes."""
+class TextSource(Section):
+    """A text, and how many prompts of what length are chosen from it; see `dynatree.workloads`.
 
-    prompts: Annotated[list[Text], Field(min_length=1)]
+    Attributes:
+        file: of this machine: plain text, or records (`.jsonl`, `.parquet`).
+        dataset: id on the Hugging Face hub; `name`, `split` and `revision` say which part of it.
+        corpus: text that comes with every CPython.
+        field: of a record, where its text is; `turns.0` is the first entry of the list `turns`.
+        where: fields of a record, and the value or values that they must have for it to count.
+        count: prompts chosen, by the seed of the measurement.
+        prompt_tokens: exact length of each prompt; without it, a record or a line is a prompt.
+    """
+
+    file: Text | None = None
+    dataset: Text | None = None
+    name: Text | None = None
+    split: Text | None = None
+    revision: Text | None = None
+    corpus: Literal["python_reference"] | None = None
+    field: Text = "text"
+    where: dict[Text, OneOrMore] = {}
+    count: Count | None = None
+    prompt_tokens: Count | None = None
+
+    @property
+    def has_records(self) -> bool:
+        """Whether the text lies in fields of records."""
+        return self.dataset is not None or Path(self.file or "").suffix in RECORD_FILES
+
+    @model_validator(mode="after")
+    def _options_fit_the_source(self) -> Self:
+        options = ("name", "split", "revision") if self.dataset is None else ()
+        for option in (*options, *(() if self.has_records else ("field", "where"))):
+            if option in self.model_fields_set:
+                belongs = "a dataset" if option in options else "a dataset or a .jsonl or .parquet"
+                raise ValueError(f"{option} belongs to {belongs}; remove it")
+        if self.dataset is not None and self.split is None:
+            raise ValueError("a dataset needs its split, such as split: test; add it")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Only what was given: a workload of inline prompts is nothing but these.
+        return {key: value for key, value in serialise(self).items() if key in self.used}
+
+    @property
+    def used(self) -> set[str]:
+        """The fields that say something about this source."""
+        records = {"field", "where"} if self.has_records else set()
+        return records | {
+            key
+            for key in type(self).model_fields
+            if key not in ("field", "where") and getattr(self, key) is not None
+        }
+
+
+class Selection(TextSource):
+    """Prompts that are chosen where the tokenizer is, as far as a specification can say it.
+
+    Attributes:
+        count: prompts chosen; of two selections that differ in it, one begins as the other.
+        seed: which are chosen.
+        sha256: digest (hex) of the text where it lies on this machine; None for a dataset.
+    """
+
+    count: Count
+    seed: int
+    sha256: str | None = None
+
+    def __len__(self) -> int:
+        return self.count
+
+
+class Workload(TextSource):
+    """The prompts that every configuration decodes: written out, or chosen from a text."""
+
+    prompts: Annotated[list[Text], Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        sources = (self.prompts, self.file, self.dataset, self.corpus)
+        if sum(source is not None for source in sources) != 1:
+            raise ValueError("give exactly one of prompts (a list), file, dataset and corpus")
+        if self.prompts is None and self.count is None:
+            raise ValueError("count is missing: add how many prompts are chosen from the text")
+        for option in ("count", "prompt_tokens"):
+            if self.prompts is not None and getattr(self, option) is not None:
+                raise ValueError(
+                    f"{option} does not go with prompts, which are decoded as they are; remove it, "
+                    "or use a workload with a file, a dataset or a corpus"
+                )
+        return self
+
+    def chosen(self, key: str, seed: int) -> list[str] | Selection:
+        """What a specification says about the prompts; reads a local file for its digest.
+
+        Args:
+            key: of this workload in the configuration, for messages.
+
+        Raises:
+            ConfigError: the file cannot be read.
+        """
+        if self.prompts is not None:
+            return self.prompts
+        sha256 = None
+        if self.corpus is not None:
+            sha256 = digest(language_reference())
+        elif self.file is not None:
+            try:
+                sha256 = file_digest(Path(self.file))
+            except OSError as error:
+                raise ConfigError(
+                    f"{key}.file: {self.file!r} cannot be read ({error.strerror}); correct the "
+                    "path, which counts from the project's folder, or put the file there"
+                ) from None
+        return Selection.model_validate({**self.model_dump(), "seed": seed, "sha256": sha256})
+
+
+class Experiment(Section):
+    """Configurations, each measured with every combination of values of a grid.
+
+    Attributes:
+        configs: configurations, or sweeps, of which every candidate is measured.
+        grid: fields of the strategies, of `measure` and of the workload (`count`,
+            `prompt_tokens`). A list of values is an axis; a single value holds for all points.
+            Several grids are measured one after the other, such as one parameter at a time.
+    """
+
+    configs: Annotated[list[Name], Field(min_length=1)]
+    grid: Annotated[list[dict[Name, OneOrMore]], Field(min_length=1)] = [{}]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_grid_is_a_mapping(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and isinstance(data.get("grid"), Mapping):
+            return {**data, "grid": [data["grid"]]}
+        return data
+
+    def combinations(self) -> list[tuple[dict[str, Scalar], dict[str, Scalar]]]:
+        """For each point of the grids: its values on the axes, and the values of all points."""
+        found = []
+        for grid in self.grid:
+            single = {key: value for key, value in grid.items() if not isinstance(value, list)}
+            axes = {key: value for key, value in grid.items() if isinstance(value, list)}
+            found += [
+                (dict(zip(axes, values, strict=True)), single) for values in product(*axes.values())
+            ]
+        return found
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one measurement of the pair in use is about, whatever it is called.
+
+    Attributes:
+        digest: SHA-256 (hex); equal exactly if the same is measured. A changed file or pair makes
+            a measurement stale and is no other measurement.
+    """
+
+    strategy: StrategyBase
+    measure: Measure
+    workload: Workload
+
+    @property
+    def digest(self) -> str:
+        return digest(
+            {
+                "strategy": self.strategy.model_dump(mode="json"),
+                "measure": self.measure.model_dump(mode="json"),
+                "workload": self.workload.model_dump(mode="json"),
+            }
+        )
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measurement of an experiment.
+
+    Attributes:
+        name: of the experiment, the configuration if there are several, and each axis.
+        row: the configuration or sweep that the experiment lists.
+        config: the configuration itself, or the candidate of the sweep.
+        values: on the axes of the grid.
+        run: the run that measures it, `results/runs/<pair>/<run>.json`: that of a configuration
+            where it measures the same, and the same in every experiment.
+    """
+
+    name: str
+    row: str
+    config: str
+    values: dict[str, Scalar]
+    run: str
 
 
 class RunConfig(Section):
@@ -240,7 +459,17 @@ class Spec(Section):
 
     pair: Name
     models: Models
-    prompts: Annotated[list[Text], Field(min_length=1)]
+    prompts: Annotated[list[Text], Field(min_length=1)] | Selection
+
+    def first(self, count: int) -> Self:
+        """The specification with the first `count` prompts at most."""
+        prompts = self.prompts
+        fewer = (
+            prompts.model_copy(update={"count": min(count, prompts.count)})
+            if isinstance(prompts, Selection)
+            else prompts[:count]
+        )
+        return self.model_copy(update={"prompts": fewer})
 
     def canonical(self) -> str:
         """One JSON text for equal specs."""
@@ -280,6 +509,9 @@ class Config(Section):
     tables: Annotated[dict[Name, Annotated[list[Name], Field(min_length=1)]], Field(min_length=1)]
     # Each is one file of the paper with these tables; the first is what `snakemake` makes.
     sections: dict[Name, Annotated[list[Name], Field(min_length=1)]] = {}
+    experiments: dict[ExperimentName, Experiment] = {}
+    _points: dict[str, list[Point]] = PrivateAttr(default_factory=dict)
+    _runs: dict[str, Measured] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="before")
     @classmethod
@@ -344,9 +576,76 @@ class Config(Section):
                         _override(self.configs[config].run, overrides)
                     except ValidationError as error:
                         problems += _problems(error, path)
+        for name, experiment in self.experiments.items():
+            path = f"experiments.{name}.configs"
+            for row in _repeated(experiment.configs):
+                problems.append(f"{path}: {row!r} is listed twice; remove one")
+            for index, row in enumerate(experiment.configs):
+                known(
+                    f"{path}.{index}",
+                    row,
+                    {**self.configs, **self.sweeps},
+                    "configuration or sweep",
+                )
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    @model_validator(mode="after")
+    def _experiments_expand(self) -> Self:
+        problems: list[str] = []
+        measure, workload = self.measurement, self.workload
+        # What a table measures keeps its name; so does what some configuration would measure.
+        named: dict[str, str] = {}
+        for config in [*self.measured, *sorted(self.configs)] if self.experiments else []:
+            same = Measured(self.strategy(config), measure, workload)
+            named.setdefault(same.digest, config)
+        for name, experiment in self.experiments.items():
+            points: dict[str, Point] = {}
+            for row, (values, single) in product(experiment.configs, experiment.combinations()):
+                for config in self.candidates(row):
+                    parts = [config] if len(experiment.configs) > 1 or row in self.sweeps else []
+                    parts += [_part(key, value) for key, value in values.items()]
+                    label = "-".join([name, *parts])
+                    try:
+                        measured = self._with(config, {**single, **values})
+                    except ValidationError as error:
+                        problems += _problems(error, f"experiments.{name}.grid")
+                        continue
+                    except ValueError as error:
+                        problems.append(f"experiments.{name}.grid.{error}")
+                        continue
+                    tag = str(measured.strategy.model_dump()["strategy"])
+                    run = named.get(measured.digest, f"{tag}-{measured.digest[:12]}")
+                    if label in points:
+                        problems.append(
+                            f"experiments.{name}: {label!r} comes out twice; remove one"
+                        )
+                    points[label] = Point(label, row, config, values, run)
+                    if run not in self.configs:
+                        self._runs[run] = measured
+            self._points[name] = list(points.values())
+        if problems:
+            raise ValueError("\n".join(dict.fromkeys(problems)))
+        return self
+
+    def _with(self, config: str, values: Mapping[str, Scalar]) -> Measured:
+        """Configuration `config` with `values` of fields in place of its own and the pair's."""
+        measure = {key: value for key, value in values.items() if key in Measure.model_fields}
+        texts = {key: value for key, value in values.items() if key in ("count", "prompt_tokens")}
+        strategy = {
+            key: value for key, value in values.items() if key not in measure and key not in texts
+        }
+        settings = Measure.model_validate({**self.measurement.model_dump(), **measure})
+        if settings.workload not in self.workloads:
+            unknown = _unknown(settings.workload, list(self.workloads), "workload")
+            raise ValueError(f"workload: {unknown}")
+        workload = self.workloads[settings.workload]
+        return Measured(
+            strategy=_override(self.strategy(config), strategy),
+            measure=settings,
+            workload=Workload.model_validate({**workload.model_dump(), **texts}),
+        )
 
     def _measure_for(self, spec: PairSpec) -> Measure:
         return Measure.model_validate({**self.measure.model_dump(), **spec.measure})
@@ -379,7 +678,32 @@ class Config(Section):
     def section(self, name: str) -> "Config":
         """The configuration with the tables of section `name` alone."""
         tables = {table: self.tables[table] for table in self.sections[name]}
-        return self.model_copy(update={"tables": tables, "sections": {name: self.sections[name]}})
+        return self._reduced([], tables=tables, sections={name: self.sections[name]})
+
+    def experiment(self, name: str) -> "Config":
+        """The configuration with experiment `name` alone; raises as `points`."""
+        self.points(name)
+        return self._reduced([name])
+
+    def _reduced(self, experiments: list[str], **changes: Any) -> "Config":
+        """A copy with `experiments` alone, equal to one that was read with no others."""
+        kept = {name: self.experiments[name] for name in experiments}
+        reduced = self.model_copy(update={**changes, "experiments": kept})
+        reduced._points = {name: self._points[name] for name in experiments}
+        runs = {point.run for points in reduced._points.values() for point in points}
+        reduced._runs = {run: entry for run, entry in self._runs.items() if run in runs}
+        return reduced
+
+    def points(self, experiment: str) -> list[Point]:
+        """What the experiment of that name measures.
+
+        Raises:
+            ConfigError: there is no such experiment.
+        """
+        if experiment not in self.experiments:
+            unknown = _unknown(experiment, list(self.experiments), "experiment")
+            raise ConfigError(f"experiments: {unknown}")
+        return self._points[experiment]
 
     def overrides(self, name: str) -> dict[str, Any]:
         """The strategy values that the pair in use changes for configuration `name`."""
@@ -388,11 +712,15 @@ class Config(Section):
     def canonical(self) -> str:
         """One JSON text for equal configurations; `parse_config` reads it back.
 
-        Only the order of the tables counts, because they are shown in it.
+        Only the order of tables and grids counts, because they are shown in it.
         """
         data = json.loads(canonical(self.model_dump(mode="json")))
         data["tables"] = self.tables
         data["sections"] = self.sections
+        data["experiments"] = {
+            name: experiment.model_dump(mode="json")
+            for name, experiment in sorted(self.experiments.items())
+        }
         return json.dumps(data, separators=(",", ":"))
 
     def strategy(self, name: str) -> StrategyBase:
@@ -406,35 +734,54 @@ class Config(Section):
         return _override(self.configs[name].run, self.overrides(name))
 
     def label(self, row: str, table: str) -> str:
-        """What `row`, a configuration or a sweep, is called in `table`."""
+        """What `row`, a configuration or a sweep, is called in `table`, or in an experiment."""
         entry = self.sweeps[row] if row in self.sweeps else self.configs[row]
         return entry.labels.get(table, row)
 
+    def run(self, name: str) -> Measured:
+        """What the run called `name` measures: a configuration, or a point of an experiment.
+
+        Raises:
+            ConfigError: neither has that name.
+        """
+        if name in self._runs:
+            return self._runs[name]
+        return Measured(self.strategy(name), self.measurement, self.workload)
+
+    def files(self, name: str) -> list[str]:
+        """The local files that the prompts of run `name` are chosen from; raises as `run`."""
+        file = self.run(name).workload.file
+        return [] if file is None else [file]
+
     def spec(self, name: str) -> RunSpec:
-        """What the measurement of configuration `name` depends on."""
-        models = self.pair_spec.model_dump(include=set(Models.model_fields))
+        """What the measurement of run `name` depends on.
+
+        Raises:
+            ConfigError: there is no such run, or the file with its prompts cannot be read.
+        """
+        run = self.run(name)
         return RunSpec.model_validate(
             {
                 "name": name,
                 "pair": self.pair,
-                "models": models,
-                "strategy": self.strategy(name).model_dump(),
-                "measure": self.measurement.model_dump(),
-                "prompts": self.workload.prompts,
+                "models": self.pair_spec.model_dump(include=set(Models.model_fields)),
+                "strategy": run.strategy.model_dump(),
+                "measure": run.measure.model_dump(),
+                "prompts": _chosen(run.workload, run.measure),
             }
         )
 
     def certificate_spec(self, names: Sequence[str]) -> CertificateSpec:
-        """What the certificate of the configurations `names` depends on."""
+        """What the certificate of the configurations `names` depends on; raises as `spec`."""
         return CertificateSpec.model_validate(
             {
                 "pair": self.pair,
                 "models": self.pair_spec.model_dump(include=set(Models.model_fields)),
                 "strategies": {name: self.strategy(name).model_dump() for name in names},
-                "prompts": self.workload.prompts[: self.certificate.prompts],
+                "prompts": _chosen(self.workload, self.measurement),
                 "max_new_tokens": self.certificate.max_new_tokens,
             }
-        )
+        ).first(self.certificate.prompts)
 
 
 def canonical(data: Any) -> str:
@@ -445,6 +792,18 @@ def canonical(data: Any) -> str:
 def digest(data: Any) -> str:
     """SHA-256 (hex) of the canonical JSON of `data`."""
     return hashlib.sha256(canonical(data).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 (hex) of the file's content; read again only when its time or size has changed."""
+    facts = path.stat()
+    return _file_digest(path, facts.st_mtime_ns, facts.st_size)
+
+
+@cache
+def _file_digest(path: Path, modified: int, size: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def parse_spec(text: str) -> RunSpec:
@@ -536,6 +895,29 @@ def _parse_json(kind: type[_Section], text: str, what: str) -> _Section:
     except ValidationError as error:
         problems = _problems(error)
     raise ConfigError(f"the {what} is not valid:\n" + "\n".join(problems))
+
+
+def _chosen(workload: Workload, measure: Measure) -> list[str] | dict[str, Any]:
+    chosen = workload.chosen(f"workloads.{measure.workload}", measure.seed)
+    return chosen.model_dump() if isinstance(chosen, Selection) else chosen
+
+
+SHORT = {
+    "branch_factor": "branch",
+    "max_new_tokens": "tokens",
+    "node_budget": "budget",
+    "num_draft_tokens": "k",
+    "prompt_tokens": "prompt",
+    "prune_threshold": "threshold",
+    "workload": "",
+}
+"""What a field is called in the name of a point, where that is shorter."""
+
+
+def _part(key: str, value: Scalar) -> str:
+    """A value of an axis as part of a file name."""
+    shown = str(value).lower() if isinstance(value, bool) else str(value)
+    return f"{SHORT.get(key, key)}{shown}"
 
 
 def _override(strategy: StrategyBase, overrides: Mapping[str, Any]) -> StrategyBase:

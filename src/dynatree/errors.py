@@ -16,6 +16,10 @@ class PairError(DynaTreeError):
     """A target or draft model cannot be had, or the two do not fit together."""
 
 
+class WorkloadError(DynaTreeError):
+    """The text of a workload cannot be had, or holds too little."""
+
+
 class DecodeError(DynaTreeError, ValueError):
     """A prompt, a length or a model output that decoding cannot go on with."""
 

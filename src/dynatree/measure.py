@@ -17,9 +17,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from dynatree.config import RunSpec, Spec, digest
+from dynatree.config import RunSpec, digest
 from dynatree.decode import Decoder, Generation
-from dynatree.errors import DecodeError, LosslessError
+from dynatree.errors import LosslessError
 from dynatree.pairs import Pair
 from dynatree.provenance import peak_memory_bytes, provenance
 from dynatree.results import (
@@ -36,6 +36,7 @@ from dynatree.results import (
 )
 from dynatree.sources import source_digest
 from dynatree.strategies import Autoregressive
+from dynatree.workloads import encode_prompts
 
 Outcome = TypeVar("Outcome")
 Progress = Callable[[int, int, float], None]
@@ -53,6 +54,7 @@ def measure(spec: RunSpec, pair: Pair, progress: Progress = lambda *_: None) -> 
     Raises:
         LosslessError: in float32 an output differs from autoregressive decoding.
         DecodeError: a prompt that does not fit, or logits that hold a NaN.
+        WorkloadError: the prompts cannot be had.
     """
     started = datetime.now(UTC)
     settings = spec.measure
@@ -120,21 +122,6 @@ def measure(spec: RunSpec, pair: Pair, progress: Progress = lambda *_: None) -> 
         started=started,
         finished=datetime.now(UTC),
     )
-
-
-def encode_prompts(spec: Spec, pair: Pair) -> list[Tensor]:
-    """The prompts as int64 [L] on the pair's device.
-
-    Raises:
-        DecodeError: a prompt has no tokens.
-    """
-    encoded = []
-    for index, text in enumerate(spec.prompts):
-        ids = pair.tokenizer(text, return_tensors="pt").input_ids[0]
-        if len(ids) == 0:
-            raise DecodeError(f"prompt {index} ({text!r}) has no tokens; give it some text")
-        encoded.append(ids.to(pair.target.device))
-    return encoded
 
 
 def schedule(

@@ -32,6 +32,11 @@ def python_docs(characters: int) -> list[str]:
     )
 
 
+def language_reference() -> list[str]:
+    """The language reference of `pydoc help`, one document for each topic."""
+    return [topics[name] for name in sorted(topics)]
+
+
 def corpus_digest(documents: list[str]) -> str:
     """SHA-256 (hex) of the documents; the corpus differs between Python versions."""
     total = hashlib.sha256()
@@ -41,7 +46,7 @@ def corpus_digest(documents: list[str]) -> str:
 
 
 def _documents() -> Iterator[str]:
-    yield from (topics[name] for name in sorted(topics))
+    yield from language_reference()
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         tree = ast.parse(path.read_bytes())
         for node in ast.walk(tree):

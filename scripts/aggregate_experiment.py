@@ -1,0 +1,37 @@
+"""Aggregates the runs of an experiment; a front end to `dynatree.aggregate`."""
+
+import argparse
+import json
+from pathlib import Path
+
+from dynatree.aggregate import aggregate_experiment, experiment_csv
+from dynatree.config import parse_config
+from dynatree.errors import reporting
+from dynatree.experiments import write_experiment
+from dynatree.files import write_text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--config", required=True, type=json.loads, help="the whole configuration as JSON"
+    )
+    parser.add_argument("--experiment", required=True)
+    parser.add_argument("--source-digest", required=True, help="digest of the measuring code")
+    parser.add_argument("--results", required=True, type=Path)
+    parser.add_argument("--json", required=True, type=Path)
+    parser.add_argument("--csv", required=True, type=Path)
+    arguments = parser.parse_args()
+    experiment = aggregate_experiment(
+        parse_config(arguments.config),
+        arguments.experiment,
+        arguments.results,
+        arguments.source_digest,
+    )
+    write_text(arguments.csv, experiment_csv(experiment))
+    write_experiment(arguments.json, experiment)
+    print(f"{len(experiment.points)} points aggregated into {arguments.json}")
+
+
+if __name__ == "__main__":
+    reporting(main)
