@@ -13,6 +13,7 @@ include: "rules/common.smk"
 include: "rules/pairs.smk"
 include: "rules/measure.smk"
 include: "rules/certify.smk"
+include: "rules/trees.smk"
 include: "rules/paper.smk"
 
 
@@ -22,6 +23,7 @@ localrules:
     section_text,
     section_figure,
     paper,
+    tree_page,
 
 
 # The runs are listed beside what is made of them, so that a removed result is noticed.
