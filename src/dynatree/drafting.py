@@ -156,8 +156,7 @@ class Drafter:
             self._graft(history[:visible], position, min(self.strategy.ngram_tokens, max_depth))
         selected = self._select()
         if self.observer is not None:
-            origins = self._origins[: selected.size]
-            self.observer.grown(self.strategy, tree, origins, self._first_grafted)
+            self.observer.grown(self.strategy, tree, self._origins[: selected.size])
         return selected
 
     def _read(self, history: Tensor, position: Tensor, visible: int, recent: Tensor) -> Tensor:

@@ -54,16 +54,13 @@ class Observer(Protocol):
             stay: [m] int64, indices of the candidates that join the tree.
         """
 
-    def grown(
-        self, strategy: StrategyBase, tree: DraftTree, origins: Tensor, first_grafted: Tensor
-    ) -> None:
+    def grown(self, strategy: StrategyBase, tree: DraftTree, origins: Tensor) -> None:
         """A finished tree.
 
         Args:
             strategy: the rule that grew it.
             tree: all that was grown, before the budget selects.
             origins: [n] int64, the node of `tree` that each row of the tree to verify is.
-            first_grafted: [] int64, the first node that an n-gram gave.
         """
 
     def verified(self, tree: DraftTree, choices: Tensor, accepted: Accepted) -> None:
@@ -87,7 +84,8 @@ class Recorder:
         # root alone is verified.
         self._grown: list[tuple[int, int, float]] = []
         self._origins = [0]
-        self._first_grafted = 1
+        # What the draft said of its nodes, by parent and token.
+        self._draft: dict[tuple[int, int], float] = {}
         # Candidates that never joined it; their parents are nodes of it.
         self._dropped: list[tuple[int, int, float, Fate]] = []
 
@@ -100,7 +98,7 @@ class Recorder:
         kept: Tensor | None,
         stay: Tensor,
     ) -> None:
-        """Notes why each candidate that does not stay was dropped."""
+        """Notes what the draft says of each candidate, and why those that leave are dropped."""
         parents = read.repeat_interleave(log_probs.shape[-1]).tolist()
         wanted = [True] * len(parents) if kept is None else kept.flatten().tolist()
         candidates = zip(
@@ -109,6 +107,7 @@ class Recorder:
         staying = set(stay.tolist())
         for index, (parent, token, log_prob, want) in enumerate(candidates):
             if index in staying:
+                self._draft[parent, token] = log_prob
                 continue
             fate: Fate = "budget"
             if not want:
@@ -117,9 +116,7 @@ class Recorder:
                 fate = "threshold"
             self._dropped.append((parent, token, log_prob, fate))
 
-    def grown(
-        self, strategy: StrategyBase, tree: DraftTree, origins: Tensor, first_grafted: Tensor
-    ) -> None:
+    def grown(self, strategy: StrategyBase, tree: DraftTree, origins: Tensor) -> None:
         """Notes the tree."""
         size = tree.size
         self._strategy = strategy
@@ -132,7 +129,6 @@ class Recorder:
             )
         )
         self._origins = origins.tolist()
-        self._first_grafted = int(first_grafted)
 
     def verified(self, tree: DraftTree, choices: Tensor, accepted: Accepted) -> None:
         """Puts together what became of every candidate, and begins the next round."""
@@ -150,15 +146,15 @@ class Recorder:
                     parent=parent,
                     token=token,
                     log_prob=log_prob,
+                    draft=self._draft.get((parent, token)) if index else 0.0,
                     fate=fate,
-                    grafted=index >= self._first_grafted and index > 0,
                     choice=choice.get(index),
                 )
             )
         # An n-gram may have given what the draft's own candidate had been dropped for.
         present = {(parent, token) for parent, token, _ in grown}
         nodes += [
-            Node(parent=parent, token=token, log_prob=log_prob, fate=fate)
+            Node(parent=parent, token=token, log_prob=log_prob, draft=log_prob, fate=fate)
             for parent, token, log_prob, fate in self._dropped
             if (parent, token) not in present
         ]

@@ -27,17 +27,24 @@ class Node(Fact):
 
     Attributes:
         parent: index among the round's nodes; the root is its own parent.
-        log_prob: cumulative draft log-probability of the path from the root.
-        grafted: an n-gram gave it, and the draft model did not.
+        log_prob: cumulative log-probability of the path from the root, by which a budget ranks.
+        draft: the same as the draft model has it, less where an n-gram raised it; None where an
+            n-gram alone gave the node.
         choice: the token that the target chooses after it; None where the target did not read it.
     """
 
     parent: NonNegativeInt
     token: NonNegativeInt
     log_prob: NonPositiveFloat
+    draft: NonPositiveFloat | None
     fate: Fate
-    grafted: bool = False
     choice: NonNegativeInt | None = None
+
+    @model_validator(mode="after")
+    def _is_never_lowered(self) -> Self:
+        if self.draft is not None and self.draft > self.log_prob:
+            raise ValueError(f"draft {self.draft} must be at most log_prob {self.log_prob}")
+        return self
 
 
 class Committed(Fact):
