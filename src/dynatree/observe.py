@@ -152,7 +152,7 @@ class Recorder:
                 )
             )
         # An n-gram may have given what the draft's own candidate had been dropped for.
-        present = {(parent, token) for parent, token, _ in grown}
+        present = {(parent, token) for parent, token, _ in grown[1:]}
         nodes += [
             Node(parent=parent, token=token, log_prob=log_prob, draft=log_prob, fate=fate)
             for parent, token, log_prob, fate in self._dropped

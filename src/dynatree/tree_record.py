@@ -193,9 +193,7 @@ def read_record(path: Path) -> TreeRecord:
     return read_facts(path, TreeRecord, "record of trees")
 
 
-def read_records(
-    specs: Sequence[TreesSpec], folder: Path, source_digest: str
-) -> list[TreeRecord]:
+def read_records(specs: Sequence[TreesSpec], folder: Path, source_digest: str) -> list[TreeRecord]:
     """The records of `specs` below `folder`, all of one pair of models.
 
     Raises:
