@@ -15,6 +15,7 @@ except ConfigError as error:
 PAIR_FOLDER = f"results/pairs/{STUDY.pair}"
 CERTIFICATE = "results/certificate.json"
 SECTIONS = list(STUDY.sections)
+TREES = [f"results/trees/{STUDY.pair}/{name}.json" for name in STUDY.trees.configs]
 
 
 wildcard_constraints:
@@ -52,6 +53,7 @@ TRAINING = (
 )
 MEASURING = ["scripts/measure.py", *imported_sources("scripts/measure.py")]
 CERTIFYING = ["scripts/certify.py", *imported_sources("scripts/certify.py")]
+RECORDING = ["scripts/record_trees.py", *imported_sources("scripts/record_trees.py")]
 AGGREGATING = [
     "scripts/aggregate.py",
     *imported_sources("scripts/aggregate.py"),
@@ -64,6 +66,11 @@ AGGREGATING = [
 def run_spec(wildcards):
     """All that a measurement depends on, as one string: Snakemake compares it whole."""
     return STUDY.spec(wildcards.name).canonical()
+
+
+def trees_spec(wildcards):
+    """All that the recorded trees of a configuration depend on, as one string."""
+    return STUDY.trees_spec(wildcards.name).canonical()
 
 
 def pair_recipe(wildcards):

@@ -1,13 +1,5 @@
 """Recorded draft trees, one job per configuration, and the page that shows them."""
 
-TREES = [f"results/trees/{STUDY.pair}/{name}.json" for name in STUDY.trees.configs]
-RECORDING = ["scripts/record_trees.py", *imported_sources("scripts/record_trees.py")]
-
-
-def trees_spec(wildcards):
-    """All that recorded trees depend on, as one string."""
-    return STUDY.trees_spec(wildcards.name).canonical()
-
 
 rule record_trees:
     input:

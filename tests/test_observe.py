@@ -81,7 +81,14 @@ def paths(nodes):
             {"threshold", "budget"},
         ),
         (
-            dynatree.DynamicTree(d_base=3, d_max=3, history=False, tau_low=0.1, tau_high=0.3),
+            dynatree.DynamicTree(
+                d_base=3,
+                d_max=3,
+                history=False,
+                tau_low=0.1,
+                tau_high=0.3,
+                prune_threshold=0.15,
+            ),
             {"threshold", "breadth"},
         ),
     ],

@@ -204,7 +204,7 @@ def _record(
     recorder = Recorder()
     decoder.watch(recorder)
     tokens: list[int] = prompt.tolist()
-    chunks = []
+    chunks: list[list[Committed]] = []
     shown = _text(tokenizer, tokens)
     for chunk in decoder.stream(prompt, spec.max_new_tokens, tokenizer.eos_token_id):
         chunks.append([])

@@ -204,7 +204,7 @@ def read_records(specs: Sequence[TreesSpec], folder: Path, source_digest: str) -
         raise ResultError(
             "no configuration to show trees of; name some under trees.configs in config.yaml"
         )
-    records = []
+    records: list[TreeRecord] = []
     for spec in specs:
         path = folder / spec.pair / f"{spec.name}.json"
         record = read_record(path)
