@@ -13,6 +13,7 @@ include: "rules/common.smk"
 include: "rules/pairs.smk"
 include: "rules/measure.smk"
 include: "rules/certify.smk"
+include: "rules/trees.smk"
 include: "rules/paper.smk"
 include: "rules/experiments.smk"
 
@@ -25,6 +26,7 @@ localrules:
     paper_text,
     manifest,
     paper,
+    tree_page,
 
 
 # The runs are listed beside what is made of them, so that a removed result is noticed.

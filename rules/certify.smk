@@ -6,7 +6,7 @@ rule certify:
         script="scripts/certify.py",
         sources=imported_sources("scripts/certify.py"),
         trained_by=TRAINING,
-        texts=TEXTS,
+        texts=PROMPT_FILES,
         pair=PAIR_FILES,
     output:
         CERTIFICATE,

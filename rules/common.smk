@@ -16,6 +16,7 @@ except ConfigError as error:
 PAIR_FOLDER = f"results/pairs/{STUDY.pair}"
 CERTIFICATE = "results/certificate.json"
 SECTIONS = list(STUDY.sections)
+TREES = [f"results/trees/{STUDY.pair}/{name}.json" for name in STUDY.trees.configs]
 
 
 wildcard_constraints:
@@ -60,9 +61,22 @@ TRAINING = (
     else []
 )
 # The local files that the prompts of the tables' configurations are chosen from.
-TEXTS = sorted({path for name in STUDY.measured for path in STUDY.files(name)})
-MEASURING = ["scripts/measure.py", *imported_sources("scripts/measure.py"), *TEXTS]
-CERTIFYING = ["scripts/certify.py", *imported_sources("scripts/certify.py"), *TEXTS]
+PROMPT_FILES = sorted({path for name in STUDY.measured for path in STUDY.files(name)})
+MEASURING = [
+    "scripts/measure.py",
+    *imported_sources("scripts/measure.py"),
+    *PROMPT_FILES,
+]
+CERTIFYING = [
+    "scripts/certify.py",
+    *imported_sources("scripts/certify.py"),
+    *PROMPT_FILES,
+]
+RECORDING = [
+    "scripts/record_trees.py",
+    *imported_sources("scripts/record_trees.py"),
+    *PROMPT_FILES,
+]
 AGGREGATING = [
     "scripts/aggregate.py",
     *imported_sources("scripts/aggregate.py"),
@@ -96,6 +110,11 @@ def experiment_texts(wildcards):
 def experiment_study(wildcards):
     """All that an experiment depends on, as one string."""
     return STUDY.experiment(wildcards.experiment).canonical()
+
+
+def trees_spec(wildcards):
+    """All that the recorded trees of a configuration depend on, as one string."""
+    return STUDY.trees_spec(wildcards.name).canonical()
 
 
 def pair_recipe(wildcards):

@@ -11,6 +11,8 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 TOOLS = {
     "tex": ("latexmk", "latexmk texlive-latex-base texlive-latex-recommended"),
     "compiler": ("g++", "g++"),
+    "browser": ("chromium", "chromium"),
+    "node": ("node", "nodejs"),
 }
 """What a marker needs: the command, and the packages that have it."""
 

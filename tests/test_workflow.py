@@ -489,3 +489,49 @@ def test_an_invalid_configuration_stops_before_any_job(project, old, new, messag
     assert message in done.stdout
     assert "Traceback" not in done.stdout
     assert "Building DAG" not in done.stdout
+
+
+# The page of draft trees, which no other target needs.
+
+PAGE = "results/trees.html"
+TREE_CHANGES = {
+    "what is recorded": (
+        lambda at: replace(
+            at / CONFIG,
+            "prompts: 2\n  max_new_tokens: 8\n\nconfigs",
+            "prompts: 1\n  max_new_tokens: 8\n\nconfigs",
+        ),
+        {"record_trees": 2, "tree_page": 1},
+    ),
+    "one configuration": (
+        lambda at: replace(at / CONFIG, "num_draft_tokens: 3", "num_draft_tokens: 2"),
+        {"record_trees": 1, "tree_page": 1},
+    ),
+    "an engine module": (
+        lambda at: append(at / "src/dynatree/tree.py", "\nEXTRA = 1\n"),
+        {"record_trees": 2, "tree_page": 1},
+    ),
+    "the script of the page": (
+        lambda at: append(at / "paper/templates/trees.js", "// more\n"),
+        {"tree_page": 1},
+    ),
+}
+
+
+def test_the_page_of_trees_is_made_and_goes_stale(project):
+    done = snakemake(project, PAGE, "--cores", "1")
+    assert done.returncode == 0, done.stdout
+    assert '"name":"linear"' in (project / PAGE).read_text(encoding="utf-8")
+    assert planned(project, PAGE) == {}
+    for change, jobs in TREE_CHANGES.values():
+        before = {path: path.read_bytes() for path in map(project.joinpath, TREE_SOURCES)}
+        change(project)
+        assert planned(project, PAGE) == jobs
+        for path, content in before.items():
+            path.write_bytes(content)
+    # Measurements and tables know nothing of it.
+    TREE_CHANGES["what is recorded"][0](project)
+    assert planned(project) == {}
+
+
+TREE_SOURCES = (CONFIG, "src/dynatree/tree.py", "paper/templates/trees.js")

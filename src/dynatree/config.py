@@ -209,6 +209,14 @@ class Certification(Section):
     max_new_tokens: Count = 64
 
 
+class TreePage(Section):
+    """What `results/trees.html` shows: how `configs` decode the first `prompts` prompts."""
+
+    configs: list[Name] = []
+    prompts: Count = 4
+    max_new_tokens: Count = 48
+
+
 class Models(Section):
     """A target and a draft model: two sources, or the recipe that trains both."""
 
@@ -496,6 +504,14 @@ class CertificateSpec(Spec):
     max_new_tokens: Count
 
 
+class TreesSpec(Spec):
+    """What the recorded draft trees of one configuration depend on."""
+
+    name: Name
+    strategy: Strategy
+    max_new_tokens: Count
+
+
 class Config(Section):
     """A whole, valid `config.yaml`."""
 
@@ -504,6 +520,7 @@ class Config(Section):
     workloads: Annotated[dict[Name, Workload], Field(min_length=1)]
     measure: Measure
     certificate: Certification = Certification()
+    trees: TreePage = TreePage()
     configs: Annotated[dict[Name, RunConfig], Field(min_length=1)]
     sweeps: dict[Name, Sweep] = {}
     tables: Annotated[dict[Name, Annotated[list[Name], Field(min_length=1)]], Field(min_length=1)]
@@ -534,6 +551,10 @@ class Config(Section):
 
         known("pair", self.pair, self.pairs, "pair")
         known("measure.workload", self.measure.workload, self.workloads, "workload")
+        for index, name in enumerate(self.trees.configs):
+            known(f"trees.configs.{index}", name, self.configs, "configuration")
+        for name in _repeated(self.trees.configs):
+            problems.append(f"trees.configs: {name!r} is listed twice; remove one")
         for name, sweep in self.sweeps.items():
             if name in self.configs:
                 problems.append(f"sweeps.{name}: is a configuration too; rename one")
@@ -676,9 +697,11 @@ class Config(Section):
         return self.sweeps[row].best_of if row in self.sweeps else [row]
 
     def section(self, name: str) -> "Config":
-        """The configuration with the tables of section `name` alone."""
+        """The configuration with the tables of section `name` alone, and no recorded trees."""
         tables = {table: self.tables[table] for table in self.sections[name]}
-        return self._reduced([], tables=tables, sections={name: self.sections[name]})
+        return self._reduced(
+            [], tables=tables, sections={name: self.sections[name]}, trees=TreePage()
+        )
 
     def experiment(self, name: str) -> "Config":
         """The configuration with experiment `name` alone; raises as `points`."""
@@ -783,6 +806,19 @@ class Config(Section):
             }
         ).first(self.certificate.prompts)
 
+    def trees_spec(self, name: str) -> TreesSpec:
+        """What the recorded trees of configuration `name` depend on."""
+        return TreesSpec.model_validate(
+            {
+                "name": name,
+                "pair": self.pair,
+                "models": self.pair_spec.model_dump(include=set(Models.model_fields)),
+                "strategy": self.strategy(name).model_dump(),
+                "prompts": _chosen(self.workload, self.measurement),
+                "max_new_tokens": self.trees.max_new_tokens,
+            }
+        ).first(self.trees.prompts)
+
 
 def canonical(data: Any) -> str:
     """One JSON text for equal data, whatever the order of its keys."""
@@ -818,6 +854,11 @@ def parse_spec(text: str) -> RunSpec:
 def parse_certificate_spec(text: str) -> CertificateSpec:
     """Reads back the canonical JSON of a certificate's spec; raises as `parse_spec`."""
     return _parse_json(CertificateSpec, text, "certificate specification")
+
+
+def parse_trees_spec(text: str) -> TreesSpec:
+    """Reads back the canonical JSON of a spec of recorded trees; raises as `parse_spec`."""
+    return _parse_json(TreesSpec, text, "specification of recorded trees")
 
 
 def parse_recipe(text: str) -> Recipe:

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ from dynatree.runtime import Runtime
 from dynatree.sampling import Sampler, Sampling, SamplingMode
 from dynatree.strategies import StrategyBase
 from dynatree.tree import DraftTree
+
+if TYPE_CHECKING:
+    from dynatree.observe import Observer
 
 
 @dataclass
@@ -149,6 +152,7 @@ class Decoder:
         self._report = Report(longest, device)
         self._streams = 0
         self._prepared = False
+        self._observer: Observer | None = None
 
     def _rows(self, nodes: int) -> int:
         """Rows of a verification of `nodes` draft nodes and the root."""
@@ -159,6 +163,25 @@ class Decoder:
         if self._drafter is not None:
             runners.append(("draft", self._drafter.runner))
         return runners
+
+    def watch(self, observer: "Observer") -> None:
+        """Tells `observer` of every round that is decoded from now on.
+
+        Raises:
+            DecodeError: the runtime replays phases, or pads their shapes: a round then has no
+                moment and no tensors that an observer could read.
+        """
+        if self.runtime.static or self.runtime.mode != "eager":
+            shapes = "static" if self.runtime.static else "exact"
+            raise DecodeError(
+                f"rounds are watched eagerly and with exact shapes, got runtime "
+                f"{self.runtime.mode!r} with {shapes} ones; pass "
+                "runtime=Runtime('eager', device, static=False)"
+            )
+        self.prepare()
+        self._observer = observer
+        if self._drafter is not None:
+            self._drafter.observer = observer
 
     def prepare(self) -> None:
         """Compiles and captures what decoding will run; see `Runtime.preparation`.
@@ -500,6 +523,8 @@ class Decoder:
         tree, position, static = self._tree, self._position, self.runtime.static
         accepted = accept_greedy(tree, self._choices[:rows], self._longest, static)
         path, drafter = accepted.path, self._drafter
+        if self._observer is not None:
+            self._observer.verified(tree, self._choices[:rows], accepted)
         # A chain that the draft gave is where it belongs already, and so is a path that is one.
         moves = self.strategy.max_children > 1 or self.strategy.ngram_tokens > 0
         if moves and not static and drafter is not None:

@@ -1,6 +1,7 @@
 """Growing one draft tree per round with the draft model, one batched forward per level."""
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,12 +14,16 @@ from dynatree.sampling import Sampler
 from dynatree.strategies import StrategyBase
 from dynatree.tree import DraftTree
 
+if TYPE_CHECKING:
+    from dynatree.observe import Observer
+
 
 class Drafter:
     """Grows draft trees by a strategy's rule; the draft's KV cache persists between rounds.
 
     Attributes:
         forwards: draft forwards of the last tree.
+        observer: told of every tree, if there is one; see `Decoder.watch`.
     """
 
     def __init__(
@@ -32,6 +37,7 @@ class Drafter:
         self.strategy = strategy
         self._sampler = sampler
         self.forwards = 0
+        self.observer: Observer | None = None
         self._trim = not runtime.static
         self._varies = strategy.varies
         # Widths and limits are worked out once. The threshold is a tensor: a comparison with a
@@ -154,7 +160,10 @@ class Drafter:
             self._first_grafted.fill_(tree.size)
         if self.strategy.ngram_tokens > 0:
             self._graft(history[:visible], position, min(self.strategy.ngram_tokens, max_depth))
-        return self._select()
+        selected = self._select()
+        if self.observer is not None:
+            self.observer.grown(self.strategy, tree, self._origins[: selected.size])
+        return selected
 
     def _read(self, history: Tensor, position: Tensor, visible: int, recent: Tensor) -> Tensor:
         """Reads the committed tokens that the draft has not read.
@@ -209,7 +218,7 @@ class Drafter:
             tokens = self._sampler.draw(logits, children, nodes, depth)
             log_probs = log_probs.gather(-1, tokens)
         kept = strategy.keeps(log_probs, tree.indices[:children], self._state)
-        log_probs = log_probs + parent_log_probs[:, None]
+        log_probs = offered = log_probs + parent_log_probs[:, None]
         if kept is not None:
             log_probs = log_probs.masked_fill(~kept, -math.inf)
         log_probs, tokens = log_probs.view(-1), tokens.view(-1)
@@ -233,6 +242,9 @@ class Drafter:
         else:
             log_probs = log_probs.masked_fill(dead, -math.inf)
             nodes = log_probs.topk(min(width, len(log_probs))).indices.sort().values
+        if self.observer is not None:
+            read = tree.indices[level] if chosen is None else chosen + level.start
+            self.observer.offered(strategy, read, tokens, offered, kept, nodes)
         parents = nodes if children == 1 else nodes.div(children, rounding_mode="floor")
         if chosen is not None:
             parents = chosen.index_select(0, parents)
