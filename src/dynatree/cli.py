@@ -1,4 +1,4 @@
-"""The `dynatree` command: decode a prompt, measure or certify, outside the pipeline."""
+"""The `dynatree` command: decode a prompt, measure, certify or compare, outside the pipeline."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -175,6 +175,19 @@ def certify(
     write_certificate(out, certificate)
     certificate.require()
     console.print(f"lossless; certificate written to {out}")
+
+
+@typer_app.command()
+def compare(
+    one: Annotated[Path, typer.Argument(help="A run result, or an aggregation.", metavar="A")],
+    other: Annotated[Path, typer.Argument(help="Another of that kind.", metavar="B")],
+) -> None:
+    """Says whether two results, of two machines or commits, differ beyond noise."""
+    # pandas and scipy take a moment to import as well.
+    from dynatree.compare import compare_files
+
+    for line in compare_files(one, other).lines():
+        typer.echo(line)
 
 
 def _spec(

@@ -17,6 +17,7 @@ from jinja2 import (
 )
 
 from dynatree.ablation import (
+    BACKWARD,
     Ablation,
     ConfigurationFacts,
     Estimate,
@@ -26,9 +27,6 @@ from dynatree.ablation import (
     Table,
 )
 from dynatree.errors import ResultError
-
-BACKWARD = "backward"
-"""The table of this name takes components away from its first row; every other adds them."""
 
 WIDE = 14
 """A longer word of unknown text may be broken anywhere, so that no name overflows its column."""
