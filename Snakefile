@@ -10,9 +10,15 @@ configfile: "config.yaml"
 
 
 include: "rules/common.smk"
-include: "rules/pairs.smk"
-include: "rules/measure.smk"
-include: "rules/certify.smk"
+
+
+if not TAKEN:
+
+    include: "rules/pairs.smk"
+    include: "rules/measure.smk"
+    include: "rules/certify.smk"
+
+
 include: "rules/paper.smk"
 
 
@@ -21,6 +27,9 @@ localrules:
     aggregate,
     section_text,
     section_figure,
+    section_detail,
+    roofline_figure,
+    rendered,
     paper,
 
 

@@ -31,7 +31,12 @@ SHOWN_DIFFERENCES: Final = 6
 
 FREE_MODELS: Final = {"target", "draft", "recipe", "device", "runtime"}
 FREE_MEASURE: Final = {"workload", "runs", "warmup"}
-FREE: Final = {"name": True, "pair": True, "models": FREE_MODELS, "measure": FREE_MEASURE}
+FREE: Final[dict[str, bool | set[str]]] = {
+    "name": True,
+    "pair": True,
+    "models": FREE_MODELS,
+    "measure": FREE_MEASURE,
+}
 """Fields of a specification in which comparable runs may differ: names, how a job ran, and where
 the models came from, since the digest of the weights says whether they are the same."""
 
@@ -123,9 +128,7 @@ def compare_files(one: Path, other: Path) -> Comparison:
     """
     kinds = [_kind(path) for path in (one, other)]
     if kinds[0] != kinds[1]:
-        raise ResultError(
-            f"{one}: {kinds[0]}, {other}: {kinds[1]}; give two files of one kind"
-        )
+        raise ResultError(f"{one}: {kinds[0]}, {other}: {kinds[1]}; give two files of one kind")
     where = f"{one} (A) and {other} (B)"
     if kinds[0] == "run result":
         return compare_runs(read_result(one), read_result(other), where)
@@ -143,7 +146,7 @@ def compare_runs(one: RunResult, other: RunResult, where: str = "A and B") -> Co
     """
     fixed = [
         {
-            **result.spec.model_dump(mode="json", exclude=dict(FREE)),
+            **result.spec.model_dump(mode="json", exclude={**FREE}),
             "prompts_digest": result.prompts_digest,
             "pair_digest": result.pair_digest,
         }
