@@ -4,6 +4,7 @@ from typing import Final
 
 import numpy as np
 
+from dynatree.ablation import Estimate
 from dynatree.estimates import Floats, estimate
 from dynatree.points import Point, RoundTime
 from dynatree.results import RunResult
@@ -38,7 +39,8 @@ def acceptance(result: RunResult) -> list[Point]:
     """By depth, the share of rounds that accepted a token there of those that offered one.
 
     Depths are left out that fewer than half of the prompts, or fewer than `FEWEST` rounds in each
-    run, offered: their interval would say nothing.
+    run, offered: their interval would say nothing. Nor has a share of none or all an interval, since
+    resampling equal cases cannot tell how rare others are.
     """
     deepest = max((entry.depth for entry in result.totals.acceptance_by_depth), default=0)
     counts = np.zeros((deepest, len(result.spec.prompts), 2))
@@ -47,15 +49,24 @@ def acceptance(result: RunResult) -> list[Point]:
             counts[: entry.accepted, record.prompt, 0] += 1
             counts[: entry.depth, record.prompt, 1] += 1
     return [
-        Point(depth, estimate(at, _ratio_of_sums))
+        Point(depth, _share(at))
         for depth, at in enumerate(counts, start=1)
         if 2 * np.count_nonzero(at[:, 1]) >= len(at)
         and at[:, 1].sum() >= FEWEST * result.spec.measure.runs
     ]
 
 
+def _share(counts: Floats) -> Estimate:
+    """Of counts [prompts, 2], the first over the second."""
+    found = estimate(counts, _ratio_of_sums)
+    return found if 0 < found.value < 1 else Estimate(value=found.value, interval=None)
+
+
 def _ratio_of_sums(samples: Floats) -> Floats:
-    """Sum of the first value over prompts divided by that of the second; 0 where that is 0."""
+    """Sum of the first value over prompts divided by that of the second.
+
+    A sample in which nothing was offered counts as 0, which can only widen the interval downward.
+    """
     sums = samples.sum(axis=-2)
     return np.asarray(
         np.divide(

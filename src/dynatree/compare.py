@@ -98,7 +98,7 @@ class Comparison:
         total = len(self.quantities)
         summary = f"{found} of {total} quantities differ beyond noise"
         if total >= MANY:
-            summary += f"; where nothing differs, up to {math.ceil(CHANCE * total)} would by chance"
+            summary += f"; where nothing differs, about {CHANCE * total:.0f} may by chance"
         return [
             *(f"differs: {line}" for line in self.differing or ["no provenance, no setting"]),
             f"outputs: {outputs}",

@@ -357,7 +357,10 @@ def roofline(record: Roofline) -> Figure:
 def _draw_series(
     axes: Axes, series: Sequence[Series], dodge: bool = True, legend: bool = True
 ) -> None:
-    """Curves with their intervals; side by side within a step of x where `dodge`."""
+    """Curves with their intervals, side by side within a step of x where `dodge`.
+
+    A measured point without interval is hollow.
+    """
     ordered = sorted({point.x for entry in series for point in entry.points})
     step = min((b - a for a, b in pairwise(ordered)), default=1.0)
     for index, entry in enumerate(series):
@@ -378,6 +381,9 @@ def _draw_series(
             if point.y.interval is not None:
                 ends = [point.y.interval.low, point.y.interval.high]
                 axes.plot([at, at], ends, color=color, linewidth=0.8, alpha=0.7)
+            elif not entry.predicted:
+                # Hollow, so that a missing interval is not taken for a narrow one.
+                axes.plot([at], [point.y.value], marker, color=color, markersize=3.5, mfc="white")
     axes.spines[["top", "right"]].set_visible(False)
     if legend:
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=7, handlelength=1.6)
