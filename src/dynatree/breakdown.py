@@ -39,8 +39,8 @@ def acceptance(result: RunResult) -> list[Point]:
     """By depth, the share of rounds that accepted a token there of those that offered one.
 
     Depths are left out that fewer than half of the prompts, or fewer than `FEWEST` rounds in each
-    run, offered: their interval would say nothing. Nor has a share of none or all an interval, since
-    resampling equal cases cannot tell how rare others are.
+    run, offered: their interval would say nothing. Nor has a share of none or all an interval,
+    since resampling equal cases cannot tell how rare others are.
     """
     deepest = max((entry.depth for entry in result.totals.acceptance_by_depth), default=0)
     counts = np.zeros((deepest, len(result.spec.prompts), 2))
