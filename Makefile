@@ -4,7 +4,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: all test check paper reference clean
+.PHONY: all test check paper report rerender reference clean
+
+# Where `rerender` takes results from.
+RESULTS ?= docs/reference
 
 all: .venv/run
 	snakemake --cores all --resources gpu=1
@@ -21,7 +24,15 @@ check: .venv/test
 	snakemake --lint
 
 paper: .venv/run
-	snakemake --cores all --resources gpu=1 -- paper/main.pdf
+	snakemake --cores all --resources gpu=1 -- rendered paper/main.pdf
+
+# A page with the figures, tables, rules and run times of what `make paper` made.
+report: paper
+	snakemake --cores all --report results/report.html -- rendered paper/main.pdf
+
+# Tables, figures, report and PDF from results that were measured elsewhere; measures nothing.
+rerender: .venv/run
+	scripts/rerender.sh $(RESULTS)
 
 # Keeps the present results as the ones that the README shows.
 reference: paper

@@ -10,12 +10,22 @@ configfile: "config.yaml"
 
 
 include: "rules/common.smk"
-include: "rules/pairs.smk"
-include: "rules/measure.smk"
-include: "rules/certify.smk"
-include: "rules/trees.smk"
+
+
+if not TAKEN:
+
+    include: "rules/pairs.smk"
+    include: "rules/measure.smk"
+    include: "rules/certify.smk"
+    include: "rules/trees.smk"
+
+
 include: "rules/paper.smk"
-include: "rules/experiments.smk"
+
+
+if not TAKEN:
+
+    include: "rules/experiments.smk"
 
 
 localrules:
@@ -25,6 +35,9 @@ localrules:
     section_figure,
     paper_text,
     manifest,
+    section_detail,
+    roofline_figure,
+    rendered,
     paper,
     tree_page,
 

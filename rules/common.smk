@@ -1,9 +1,16 @@
 """The validated configuration and the names that the rules share."""
 
+from pathlib import Path
+
+from dynatree.ablation import BACKWARD
+from dynatree.committed import committed
 from dynatree.config import canonical, load_config, parse_config
-from dynatree.errors import ConfigError
+from dynatree.errors import ConfigError, ResultError
 from dynatree.numbers import TEXTS
 from dynatree.sources import PACKAGE, imported_sources, source_digest
+
+# `--config results=<folder>` takes results from there, and nothing is measured here.
+TAKEN = config.pop("results", None)
 
 try:
     # Snakemake reads YAML without noticing a key that is given twice.
@@ -14,8 +21,23 @@ except ConfigError as error:
     raise WorkflowError(str(error)) from None
 
 PAIR_FOLDER = f"results/pairs/{STUDY.pair}"
-CERTIFICATE = "results/certificate.json"
-SECTIONS = list(STUDY.sections)
+RESULTS = Path(TAKEN or "results")
+RUNS = f"{RESULTS}/runs"
+CERTIFICATE = f"{RESULTS}/certificate.json"
+
+if TAKEN:
+    try:
+        FOUND = committed(STUDY, RESULTS, Path("results/pairs"))
+    except ResultError as error:
+        raise WorkflowError(str(error)) from None
+    for remark in FOUND.remarks:
+        logger.warning(f"note: {remark}")
+    SECTIONS = FOUND.sections
+    MEASURED_BY, CERTIFIED_BY = FOUND.source_digest, FOUND.certifying_digest
+else:
+    SECTIONS = list(STUDY.sections)
+    MEASURED_BY = source_digest(PACKAGE / "measure.py")
+    CERTIFIED_BY = source_digest(PACKAGE / "certify.py")
 TREES = [f"results/trees/{STUDY.pair}/{name}.json" for name in STUDY.trees.configs]
 
 
@@ -37,6 +59,13 @@ def section_runs(section):
 ALL_RUNS = sorted({run for section in SECTIONS for run in section_runs(section)})
 
 
+def section_figures(section):
+    """The figures of a section; a waterfall needs a table whose rows add something."""
+    adding = set(STUDY.sections[section]) - {BACKWARD}
+    kinds = ["", "_rounds", "_acceptance", *(["_waterfall"] if adding else [])]
+    return [f"paper/figures/{section}{kind}.pdf" for kind in kinds]
+
+
 def section_study(wildcards):
     """All that a section of the paper depends on, as one string."""
     return STUDY.section(wildcards.section).canonical()
@@ -49,12 +78,13 @@ PAIR_FILES = (
         f"{PAIR_FOLDER}/target/model.safetensors",
         f"{PAIR_FOLDER}/draft/model.safetensors",
     ]
-    if STUDY.pair_spec.recipe
+    if STUDY.pair_spec.recipe and not TAKEN
     else []
 )
 
 # Snakemake records the new facts of a job even when the job fails, and a missing intermediate file
-# is no reason to run. So every rule lists what the rules before it are made of as well.
+# is no reason to run. So every rule lists what the rules before it are made of as well. What was
+# taken is made of nothing here.
 TRAINING = (
     ["scripts/train_pair.py", *imported_sources("scripts/train_pair.py")]
     if PAIR_FILES
@@ -62,16 +92,24 @@ TRAINING = (
 )
 # The local files that the prompts of the tables' configurations are chosen from.
 PROMPT_FILES = sorted({path for name in STUDY.measured for path in STUDY.files(name)})
-MEASURING = [
-    "scripts/measure.py",
-    *imported_sources("scripts/measure.py"),
-    *PROMPT_FILES,
-]
-CERTIFYING = [
-    "scripts/certify.py",
-    *imported_sources("scripts/certify.py"),
-    *PROMPT_FILES,
-]
+MEASURING = (
+    []
+    if TAKEN
+    else [
+        "scripts/measure.py",
+        *imported_sources("scripts/measure.py"),
+        *PROMPT_FILES,
+    ]
+)
+CERTIFYING = (
+    []
+    if TAKEN
+    else [
+        "scripts/certify.py",
+        *imported_sources("scripts/certify.py"),
+        *PROMPT_FILES,
+    ]
+)
 RECORDING = [
     "scripts/record_trees.py",
     *imported_sources("scripts/record_trees.py"),

@@ -1,5 +1,7 @@
 """From results to the paper: aggregation, texts, figures, manifest, PDF."""
 
+ROOFLINES = sorted(glob_wildcards("bench/results/roofline-{record}.json").record)
+
 
 # Its own parameters name every specification, so that it is stale by itself when a measurement of
 # a changed configuration has failed, and an old table can never pass for a current one.
@@ -13,20 +15,26 @@ rule aggregate:
         runs=lambda wildcards: section_runs(wildcards.section),
     output:
         json="results/{section}.json",
-        csv="results/{section}.csv",
+        csv=report(
+            "results/{section}.csv",
+            caption="captions/table.rst",
+            category="Tables",
+            labels={"section": "{section}"},
+        ),
     log:
         "results/logs/aggregate/{section}.log",
     conda:
         "../envs/dynatree.yaml"
     params:
         study=section_study,
-        source_digest=source_digest(PACKAGE / "measure.py"),
+        source_digest=MEASURED_BY,
         certificate=CERTIFICATE,
-        certifying_digest=source_digest(PACKAGE / "certify.py"),
+        certifying_digest=CERTIFIED_BY,
+        runs=RUNS,
     shell:
         "python {input.script} --config {params.study:q} --source-digest {params.source_digest} "
         "--certificate {params.certificate} --certifying-digest {params.certifying_digest} "
-        "--results results/runs --json {output.json} --csv {output.csv} 2>&1 | tee {log}"
+        "--results {params.runs} --json {output.json} --csv {output.csv} 2>&1 | tee {log}"
 
 
 rule section_text:
@@ -59,15 +67,73 @@ rule section_figure:
         runs=lambda wildcards: section_runs(wildcards.section),
     output:
         pdf="paper/figures/{section}.pdf",
-        png="paper/figures/{section}.png",
+        png=report(
+            "paper/figures/{section}.png",
+            caption="captions/bars.rst",
+            category="Figures",
+            labels={"section": "{section}", "figure": "throughput"},
+        ),
     log:
         "results/logs/section_figure/{section}.log",
     conda:
         "../envs/dynatree.yaml"
     params:
         study=section_study,
+        results=RUNS,
     shell:
-        "python {input.script} --ablation {input.ablation} --pdf {output.pdf} --png {output.png} "
+        "python {input.script} --kind bars --ablation {input.ablation} "
+        "--results {params.results} --pdf {output.pdf} --png {output.png} 2>&1 | tee {log}"
+
+
+rule section_detail:
+    input:
+        script="scripts/draw_figure.py",
+        sources=imported_sources("scripts/draw_figure.py"),
+        ablation=rules.aggregate.output.json,
+        aggregated_by=AGGREGATING,
+        runs=lambda wildcards: section_runs(wildcards.section),
+    output:
+        pdf="paper/figures/{section}_{kind}.pdf",
+        png=report(
+            "paper/figures/{section}_{kind}.png",
+            caption="captions/detail.rst",
+            category="Figures",
+            labels={"section": "{section}", "figure": "{kind}"},
+        ),
+    log:
+        "results/logs/section_detail/{section}_{kind}.log",
+    wildcard_constraints:
+        kind="waterfall|rounds|acceptance",
+    conda:
+        "../envs/dynatree.yaml"
+    params:
+        study=section_study,
+        results=RUNS,
+    shell:
+        "python {input.script} --kind {wildcards.kind} --ablation {input.ablation} "
+        "--results {params.results} --pdf {output.pdf} --png {output.png} 2>&1 | tee {log}"
+
+
+# A record of bench/roofline.py is committed, not made here.
+rule roofline_figure:
+    input:
+        script="scripts/draw_roofline.py",
+        sources=imported_sources("scripts/draw_roofline.py"),
+        record="bench/results/roofline-{record}.json",
+    output:
+        pdf="paper/figures/roofline-{record}.pdf",
+        png=report(
+            "paper/figures/roofline-{record}.png",
+            caption="captions/roofline.rst",
+            category="Figures",
+            labels={"section": "bench", "figure": "roofline {record}"},
+        ),
+    log:
+        "results/logs/roofline_figure/{record}.log",
+    conda:
+        "../envs/dynatree.yaml"
+    shell:
+        "python {input.script} --record {input.record} --pdf {output.pdf} --png {output.png} "
         "2>&1 | tee {log}"
 
 
@@ -89,8 +155,9 @@ rule paper_text:
     params:
         study=STUDY.canonical(),
         sections=SECTIONS,
+        runs=RUNS,
     shell:
-        "python {input.script} --results results --sections {params.sections} "
+        "python {input.script} --results results --runs {params.runs} --sections {params.sections} "
         "--template {input.template} --out {output} 2>&1 | tee {log}"
 
 
@@ -115,10 +182,19 @@ rule manifest:
     params:
         study=STUDY.canonical(),
         sections=SECTIONS,
+        runs=RUNS,
     shell:
-        "python {input.script} --results results --sections {params.sections} "
+        "python {input.script} --results results --runs {params.runs} --sections {params.sections} "
         "--templates paper/templates --paper paper --figures paper/figures --out {output} "
         "2>&1 | tee {log}"
+
+
+# All tables and figures of all sections; needs no TeX.
+rule rendered:
+    input:
+        expand(rules.section_text.output, section=SECTIONS),
+        [figure for section in SECTIONS for figure in section_figures(section)],
+        expand(rules.roofline_figure.output.pdf, record=ROOFLINES),
 
 
 rule paper:

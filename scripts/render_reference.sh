@@ -6,14 +6,14 @@ sections=(ablation families)
 for section in "${sections[@]}"; do
     python scripts/render_table.py --ablation "$folder/$section.json" \
         --template paper/templates/ablation.tex.j2 --out "$folder/$section.tex"
-    python scripts/draw_figure.py --ablation "$folder/$section.json" \
+    python scripts/draw_figure.py --kind bars --results "$folder/runs" --ablation "$folder/$section.json" \
         --pdf "$folder/$section.pdf" --png "$folder/$section.png"
     rm "$folder/$section.pdf"
 done
 for text in numbers prose tables; do
-    python scripts/render_paper.py --results "$folder" --sections "${sections[@]}" \
+    python scripts/render_paper.py --results "$folder" --runs "$folder/runs" --sections "${sections[@]}" \
         --template "paper/templates/$text.tex.j2" --out "$folder/$text.tex"
 done
-python scripts/write_manifest.py --results "$folder" --sections "${sections[@]}" \
+python scripts/write_manifest.py --results "$folder" --runs "$folder/runs" --sections "${sections[@]}" \
     --templates paper/templates --paper "$folder" --figures "$folder" --out "$folder/manifest.json"
 python scripts/update_readme.py --readme README.md --reference "$folder" --benchmarks bench/results

@@ -12,6 +12,7 @@ from dynatree.manifest import make_manifest, write_manifest
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", required=True, type=Path)
+    parser.add_argument("--runs", required=True, type=Path, help="folder of the run results")
     parser.add_argument("--sections", required=True, nargs="+")
     parser.add_argument("--templates", required=True, type=Path)
     parser.add_argument("--paper", required=True, type=Path, help="folder of the rendered texts")
@@ -21,6 +22,7 @@ def main() -> None:
     manifest = make_manifest(
         arguments.results,
         arguments.sections,
+        arguments.runs,
         arguments.templates,
         arguments.paper,
         arguments.figures,

@@ -14,7 +14,7 @@ from dynatree.ablation import write_ablation
 from dynatree.cli import app
 from dynatree.errors import ResultError
 from dynatree.evidence import digest_of, read_evidence
-from dynatree.figures import draw
+from dynatree.figures import bars, save
 from dynatree.manifest import (
     Manifest,
     describe,
@@ -41,7 +41,7 @@ def results(folder, study=None, speedups=None, edit=None, **options):
     if edit is not None:
         edit({facts["name"]: facts for facts in data["configurations"]})
     write_ablation(folder / "ablation.json", type(ablation).model_validate(data))
-    return read_evidence(folder, ["ablation"])
+    return read_evidence(folder, ["ablation"], folder / "runs")
 
 
 def rendered(evidence, name):
@@ -69,7 +69,7 @@ def at_root(monkeypatch):
 
 def test_the_reference_results_render_to_the_committed_files(at_root, tmp_path):
     """Texts, figures and the manifest itself: all made again, and compared byte for byte."""
-    again = make_manifest(REFERENCE, SECTIONS, TEMPLATES, REFERENCE, REFERENCE)
+    again = make_manifest(REFERENCE, SECTIONS, REFERENCE / "runs", TEMPLATES, REFERENCE, REFERENCE)
     write_manifest(tmp_path / "manifest.json", again)
     assert set(again.texts) == {f"{name}.tex" for name in (*SECTIONS, *TEXTS)}
     assert (tmp_path / "manifest.json").read_bytes() == (REFERENCE / "manifest.json").read_bytes()
@@ -123,7 +123,7 @@ def copied(at_root, tmp_path, monkeypatch):
 
 
 def remade(folder):
-    return make_manifest(folder, SECTIONS, TEMPLATES, folder, folder)
+    return make_manifest(folder, SECTIONS, folder / "runs", TEMPLATES, folder, folder)
 
 
 def test_a_digit_changed_by_hand_is_found(copied):
@@ -358,7 +358,7 @@ def test_the_paper_uses_only_what_any_study_defines(tmp_path):
 def test_the_whole_paper_compiles(tmp_path, kind, monkeypatch):
     if kind == "reference":
         monkeypatch.chdir(ROOT)
-        evidence = read_evidence(REFERENCE, SECTIONS)
+        evidence = read_evidence(REFERENCE, SECTIONS, REFERENCE / "runs")
     elif kind == "hostile":
         labels = {
             "ar": "[a]*",
@@ -376,7 +376,7 @@ def test_the_whole_paper_compiles(tmp_path, kind, monkeypatch):
         (build / name).write_text(page.text, encoding="utf-8")
     for section, ablation in evidence.sections.items():
         figure = build / "figures" / section
-        draw(ablation, figure.with_suffix(".pdf"), figure.with_suffix(".png"))
+        save(bars(ablation), figure.with_suffix(".pdf"), figure.with_suffix(".png"))
     built = subprocess.run(
         [ROOT / "scripts/build_pdf.sh", build / "main.tex"], capture_output=True, text=True
     )

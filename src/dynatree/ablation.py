@@ -5,7 +5,7 @@ measurement and a changed statistic is seen by all that reads it.
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import (
     Field,
@@ -21,6 +21,9 @@ from dynatree.facts import Fact, read_facts, write_facts
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Verdict = Literal["gain", "loss", "noise", "unknown"]
+
+BACKWARD: Final = "backward"
+"""The table of this name takes components away from its first row; every other adds them."""
 
 
 class Interval(Fact):

@@ -47,6 +47,7 @@ from dynatree.ablation import (
 )
 from dynatree.certificate import Lossless, read_certificate
 from dynatree.config import Config, Models, ModelSource, Point, RunSpec, Spec, Transformer
+from dynatree.differences import differences
 from dynatree.errors import ResultError
 from dynatree.estimates import Floats, estimate, geometric_mean, median, paired_ratios
 from dynatree.experiments import Experiment, PointFacts
@@ -378,9 +379,9 @@ def _certified(
 def _same_spec(path: Path, measured: Spec, configured: Spec) -> None:
     if measured.digest == configured.digest:
         return
-    differences = _differences(measured.model_dump(mode="json"), configured.model_dump(mode="json"))
-    shown = "; ".join(differences[:SHOWN_DIFFERENCES])
-    more = len(differences) - SHOWN_DIFFERENCES
+    found = differences(measured.model_dump(mode="json"), configured.model_dump(mode="json"))
+    shown = "; ".join(found[:SHOWN_DIFFERENCES])
+    more = len(found) - SHOWN_DIFFERENCES
     raise ResultError(
         f"{path}: measured with another configuration ({shown}"
         f"{f'; and {more} more' if more > 0 else ''}); remove it and run: snakemake {path}"
@@ -393,28 +394,6 @@ def _same_code(path: Path, measured: str, current: str) -> None:
             f"{path}: measured by other code (source digest {measured[:12]}, now "
             f"{current[:12]}); remove it and run: snakemake {path}"
         )
-
-
-def _differences(measured: Any, configured: Any, path: str = "") -> list[str]:
-    """The fields in which two JSON values differ, each with both values."""
-    if isinstance(measured, dict) and isinstance(configured, dict):
-        keys = [*measured, *(key for key in configured if key not in measured)]
-        pairs = [(str(key), measured.get(key), configured.get(key)) for key in keys]
-    elif isinstance(measured, list) and isinstance(configured, list):
-        if len(measured) != len(configured):
-            return [f"{path}: measured {len(measured)} entries, configured {len(configured)}"]
-        pairs = [
-            (str(index), *both) for index, both in enumerate(zip(measured, configured, strict=True))
-        ]
-    elif measured == configured:
-        return []
-    else:
-        return [f"{path}: measured {measured!r}, configured {configured!r}"]
-    return [
-        line
-        for key, old, new in pairs
-        for line in _differences(old, new, f"{path}.{key}" if path else key)
-    ]
 
 
 def _origin(path: Path, result: RunResult) -> _Provenance:
@@ -450,7 +429,7 @@ def _same_device(origins: dict[str, _Provenance], paths: dict[str, Path]) -> Non
             )
 
 
-def _throughputs(result: RunResult, method: Method) -> Floats:
+def throughputs(result: RunResult, method: Method) -> Floats:
     """Tokens per second [prompts, runs]."""
     rates = np.empty((len(result.spec.prompts), result.spec.measure.runs))
     for record in result.of(method):
@@ -460,7 +439,7 @@ def _throughputs(result: RunResult, method: Method) -> Floats:
 
 def _prompt_speedups(result: RunResult) -> Floats:
     """Speedup of each prompt [prompts]: the median over its runs of the paired ratio."""
-    return paired_ratios(_throughputs(result, "strategy"), _throughputs(result, "autoregressive"))
+    return paired_ratios(throughputs(result, "strategy"), throughputs(result, "autoregressive"))
 
 
 def _relative_change(samples: Floats) -> Floats:
@@ -576,8 +555,8 @@ def _facts(
         strategy=str(strategy.model_dump()["strategy"]),
         description=strategy.describe(),
         overrides=overrides,
-        throughput=estimate(_throughputs(result, "strategy"), median),
-        autoregressive_throughput=estimate(_throughputs(result, "autoregressive"), median),
+        throughput=estimate(throughputs(result, "strategy"), median),
+        autoregressive_throughput=estimate(throughputs(result, "autoregressive"), median),
         speedup=estimate(speedups[:, None], geometric_mean),
         tokens_per_generation=result.totals.tokens / len(records),
         rounds=len(rounds),

@@ -1,4 +1,4 @@
-"""The `dynatree` command: decode, measure or certify outside the pipeline; trace values."""
+"""The `dynatree` command: decode, measure, certify, compare results and trace values."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -185,6 +185,19 @@ def trace(
     from dynatree.manifest import describe
 
     for line in describe(file):
+        typer.echo(line)
+
+
+@typer_app.command()
+def compare(
+    one: Annotated[Path, typer.Argument(help="A run result, or an aggregation.", metavar="A")],
+    other: Annotated[Path, typer.Argument(help="Another of that kind.", metavar="B")],
+) -> None:
+    """Says whether two results, of two machines or commits, differ beyond noise."""
+    # pandas and scipy take a moment to import as well.
+    from dynatree.compare import compare_files
+
+    for line in compare_files(one, other).lines():
         typer.echo(line)
 
 

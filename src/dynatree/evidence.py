@@ -39,8 +39,8 @@ class Evidence:
         return found
 
 
-def read_evidence(folder: Path, sections: Sequence[str]) -> Evidence:
-    """Reads `<section>.json` and `runs/<pair>/<configuration>.json` in `folder`.
+def read_evidence(folder: Path, sections: Sequence[str], runs_folder: Path) -> Evidence:
+    """Reads `<section>.json` in `folder` and `<pair>/<configuration>.json` in `runs_folder`.
 
     Raises:
         ResultError: a file is missing or damaged.
@@ -52,7 +52,7 @@ def read_evidence(folder: Path, sections: Sequence[str]) -> Evidence:
     for section, file in files.items():
         aggregates[section] = located(read_ablation(Path(file)), file)
         for facts in aggregates[section].configurations:
-            path = folder / "runs" / aggregates[section].setting.pair / f"{facts.name}.json"
+            path = runs_folder / aggregates[section].setting.pair / f"{facts.name}.json"
             name, run_file = str(facts.name), path.as_posix()
             if name not in runs:
                 runs[name] = _located_run(read_result(path), run_file)

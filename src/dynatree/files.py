@@ -45,3 +45,8 @@ def digest_files(paths: Iterable[Path]) -> str:
             content = hashlib.file_digest(file, "sha256")
         total.update(f"{name}\0{content.hexdigest()}\n".encode())
     return total.hexdigest()
+
+
+def weights_digest(folder: Path) -> str:
+    """SHA-256 (hex) of a model's weights and configuration in `folder`, as a result names them."""
+    return digest_files([*folder.glob("*.safetensors"), folder / "config.json"])

@@ -16,7 +16,6 @@ from dynatree.ablation import Ablation
 from dynatree.errors import ResultError
 from dynatree.evidence import Evidence, digest_of, read_evidence
 from dynatree.facts import Fact, read_facts, write_facts
-from dynatree.figures import draw
 from dynatree.numbers import TEXTS, text
 from dynatree.render import Page, Shown, render
 from dynatree.trace import Source, lookup, watched
@@ -75,19 +74,25 @@ class Manifest(Fact):
 
 
 def make_manifest(
-    results: Path, sections: Sequence[str], templates: Path, paper: Path, figures: Path
+    results: Path,
+    sections: Sequence[str],
+    runs: Path,
+    templates: Path,
+    paper: Path,
+    figures: Path,
 ) -> Manifest:
     """Renders the paper again and says where its values come from.
 
     Args:
-        results: holds the aggregates and `runs/<pair>/`.
+        results: holds the aggregates.
+        runs: holds `<pair>/<configuration>.json`.
         paper: holds the rendered texts.
         figures: holds `<section>.pdf` and `.png`, or one of them.
 
     Raises:
         ResultError: a result is missing or damaged, or a file is not what the results render to.
     """
-    evidence = read_evidence(results, sections)
+    evidence = read_evidence(results, sections, runs)
     texts = {
         name: _checked(paper / name, page) for name, page in pages(evidence, templates).items()
     }
@@ -101,11 +106,11 @@ def make_manifest(
         )
         for section, ablation in evidence.sections.items()
     }
-    runs = {
+    measured = {
         file: ResultFile(sha256=evidence.digests[file], runs=[])
         for file in evidence.run_files.values()
     }
-    return Manifest(results=aggregates | runs, texts=texts, figures=drawings)
+    return Manifest(results=aggregates | measured, texts=texts, figures=drawings)
 
 
 def pages(evidence: Evidence, templates: Path) -> dict[str, Page]:
@@ -235,8 +240,8 @@ def _drawn_again(ablation: Ablation, figure: Path) -> Drawing:
         raise ResultError(f"{figure}: no such figure; run: snakemake {figure}.pdf")
     with tempfile.TemporaryDirectory() as folder:
         again = Path(folder) / "figure"
-        draw(
-            watched(ablation, lambda source: sources.setdefault(source)),
+        save(
+            bars(watched(ablation, lambda source: sources.setdefault(source))),
             again.with_suffix(".pdf"),
             again.with_suffix(".png"),
         )

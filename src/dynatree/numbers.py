@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dynatree.ablation import ConfigurationFacts
+from dynatree.ablation import BACKWARD, ConfigurationFacts
 from dynatree.errors import ResultError
 from dynatree.evidence import Evidence
-from dynatree.render import BACKWARD, Page, commit, fill
+from dynatree.render import Page, commit, fill
 from dynatree.trace import Source, counted, distinct, traced
 
 DIGITS = ("Zero", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine")

@@ -14,7 +14,7 @@ from transformers import (
 
 from dynatree.config import Config, Models, ModelSource
 from dynatree.errors import PairError
-from dynatree.files import digest_files
+from dynatree.files import weights_digest
 
 EMBEDDED = Path("results/pairs")
 """Pairs that a recipe trains live here, one folder each."""
@@ -181,5 +181,4 @@ def _identity(source: ModelSource, model: PreTrainedModel) -> str:
     if source.path is None:
         commit = getattr(model.config, "_commit_hash", None)
         return f"{source.hub}@{commit or source.revision}"
-    folder = Path(source.path)
-    return digest_files([*folder.glob("*.safetensors"), folder / "config.json"])
+    return weights_digest(Path(source.path))

@@ -21,6 +21,7 @@ from jinja2 import (
 )
 
 from dynatree.ablation import (
+    BACKWARD,
     Ablation,
     ConfigurationFacts,
     Estimate,
@@ -40,9 +41,6 @@ from dynatree.trace import (
     sources_of,
     traced,
 )
-
-BACKWARD = "backward"
-"""The table of this name takes components away from its first row; every other adds them."""
 
 WIDE = 14
 """A longer word of unknown text may be broken anywhere, so that no name overflows its column."""

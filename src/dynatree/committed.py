@@ -1,0 +1,167 @@
+"""Results that were measured elsewhere, taken to a machine that shall measure nothing.
+
+Tables and figures may be made from them where they are what the configuration asks for. That other
+code measured them is no fault, since a later commit rarely measures anew, but it must be said.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from dynatree.certificate import read_certificate
+from dynatree.config import Config
+from dynatree.differences import differences
+from dynatree.errors import ResultError
+from dynatree.files import weights_digest
+from dynatree.results import read_result
+from dynatree.sources import PACKAGE, source_digest
+
+SHOWN = 4
+"""Names that a message lists before it counts the rest."""
+
+
+@dataclass(frozen=True)
+class Committed:
+    """A folder of results that fits the configuration.
+
+    Attributes:
+        sections: of the paper, those of which every result is there.
+        source_digest: of the code that measured them (hex).
+        certifying_digest: of the code that made the certificate (hex).
+        remarks: what a reader of the tables should know, one line each.
+    """
+
+    sections: list[str]
+    source_digest: str
+    certifying_digest: str
+    remarks: list[str]
+
+
+def committed(config: Config, folder: Path, pairs: Path) -> Committed:
+    """Checks the results `runs/<pair>/<name>.json` and `certificate.json` in `folder`.
+
+    Args:
+        config: the study.
+        pairs: where trained pairs are, if there are any; their weights are compared.
+
+    Raises:
+        ResultError: no section is complete, a file is damaged, or the results do not fit the
+            configuration or each other; every misfit is named.
+    """
+    certificate_path = folder / "certificate.json"
+    files = {name: folder / "runs" / config.pair / f"{name}.json" for name in config.measured}
+    missing = {
+        section: [
+            str(path)
+            for path in (
+                certificate_path,
+                *map(files.__getitem__, config.section(section).measured),
+            )
+            if not path.is_file()
+        ]
+        for section in config.sections
+    }
+    sections = [section for section, paths in missing.items() if not paths]
+    if not sections:
+        raise ResultError(
+            f"{folder}: no section is complete; missing: "
+            + "; ".join(f"{section}: {_listed(paths)}" for section, paths in missing.items())
+            + ". Give the folder that holds runs/ and certificate.json, or correct pair "
+            f"({config.pair!r}) in config.yaml"
+        )
+    names = list(
+        dict.fromkeys(name for section in sections for name in config.section(section).measured)
+    )
+    try:
+        results = {name: read_result(files[name]) for name in names}
+        certificate = read_certificate(certificate_path)
+    except ResultError as error:
+        reason = str(error).partition("; remove it")[0]
+        raise ResultError(f"{reason}; take the file again from where it was measured") from None
+
+    misfits: dict[str, list[str]] = {}
+    for name, result in results.items():
+        for line in differences(
+            result.spec.model_dump(mode="json"), config.spec(name).model_dump(mode="json")
+        ):
+            misfits.setdefault(line, []).append(name)
+    # It may hold configurations of other sections as well.
+    strategies = {
+        name: strategy for name, strategy in certificate.spec.strategies.items() if name in results
+    }
+    made = certificate.spec.model_copy(update={"strategies": strategies})
+    for line in differences(
+        made.model_dump(mode="json"), config.certificate_spec(names).model_dump(mode="json")
+    ):
+        misfits.setdefault(line, []).append("certificate.json")
+    problems = [f"{line} ({_listed(who)})" for line, who in misfits.items()]
+    codes = _grouped((result.source_digest, name) for name, result in results.items())
+    weights = _grouped(
+        [
+            *((result.pair_digest, name) for name, result in results.items()),
+            (certificate.pair_digest, "certificate.json"),
+        ]
+    )
+    for what, groups in (("by different code", codes), ("with different weights", weights)):
+        if len(groups) > 1:
+            parts = "; ".join(f"{digest[:12]}: {_listed(who)}" for digest, who in groups.items())
+            problems.append(f"measured {what} ({parts})")
+    if problems:
+        raise ResultError(
+            f"{folder} does not fit the configuration:\n"
+            + "\n".join(f"  {line}" for line in problems)
+            + "\nset config.yaml to what was measured, or leave out --config results to measure"
+        )
+    code, weight = next(iter(codes)), next(iter(weights))
+    remarks = [
+        f"section {section} is left out; missing: {_listed(paths)}"
+        for section, paths in missing.items()
+        if paths
+    ]
+    for what, script, found in (
+        ("the results were measured", "measure.py", code),
+        ("the certificate was made", "certify.py", certificate.source_digest),
+    ):
+        here = source_digest(PACKAGE / script)
+        if found != here:
+            remarks.append(
+                f"{what} by other code than this checkout's (source digest {found[:12]}, here "
+                f"{here[:12]}); the numbers are that code's"
+            )
+    return Committed(
+        sections,
+        code,
+        certificate.source_digest,
+        [f"{folder}: {remark}" for remark in (*remarks, *_other_weights(config, weight, pairs))],
+    )
+
+
+def _other_weights(config: Config, digest: str, pairs: Path) -> list[str]:
+    """Which models of the pair lie here with other weights than `digest` names."""
+    remarks = []
+    for role, measured in zip(("target", "draft"), digest.split(":"), strict=False):
+        source = getattr(config.pair_spec, role)
+        if source is not None and source.path is None:
+            continue
+        model = Path(source.path) if source is not None else pairs / config.pair / role
+        if not (model / "config.json").is_file():
+            continue
+        here = weights_digest(model)
+        if here != measured:
+            remarks.append(
+                f"measured with other weights than those in {model} (digest {measured[:12]}, here "
+                f"{here[:12]})"
+            )
+    return remarks
+
+
+def _grouped(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for key, name in pairs:
+        groups.setdefault(key, []).append(name)
+    return groups
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - SHOWN
+    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")
