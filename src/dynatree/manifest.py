@@ -16,6 +16,7 @@ from dynatree.ablation import Ablation
 from dynatree.errors import ResultError
 from dynatree.evidence import Evidence, digest_of, read_evidence
 from dynatree.facts import Fact, read_facts, write_facts
+from dynatree.figures import bars, save
 from dynatree.numbers import TEXTS, text
 from dynatree.render import Page, Shown, render
 from dynatree.trace import Source, lookup, watched
