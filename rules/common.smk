@@ -48,7 +48,7 @@ wildcard_constraints:
 
 def run_files(names):
     """The result files of runs, once each."""
-    return [f"results/runs/{STUDY.pair}/{name}.json" for name in dict.fromkeys(names)]
+    return [f"{RUNS}/{STUDY.pair}/{name}.json" for name in dict.fromkeys(names)]
 
 
 def section_runs(section):

@@ -145,7 +145,7 @@ rule paper_text:
         template="paper/templates/{text}.tex.j2",
         ablations=expand(rules.aggregate.output.json, section=SECTIONS),
         aggregated_by=AGGREGATING,
-        runs=ALL_RUNS,
+        runs=lambda wildcards: ALL_RUNS,
     output:
         "paper/{text}.tex",
     log:
@@ -169,7 +169,7 @@ rule manifest:
         templates=expand("paper/templates/{text}.tex.j2", text=["ablation", *TEXTS]),
         ablations=expand(rules.aggregate.output.json, section=SECTIONS),
         aggregated_by=AGGREGATING,
-        runs=ALL_RUNS,
+        runs=lambda wildcards: ALL_RUNS,
         sections=expand(rules.section_text.output, section=SECTIONS),
         texts=expand(rules.paper_text.output, text=TEXTS),
         figures=expand(rules.section_figure.output, section=SECTIONS),
