@@ -39,6 +39,9 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
 ExperimentName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,31}$")]
 """Names become targets of Snakemake and begin those of points, where a hyphen separates."""
 
+PAPER_FILES = ("main", "numbers", "prose", "tables")
+"""Parts of the paper that are there whatever the sections; see `dynatree.numbers`."""
+
 RuntimeMode = Literal["auto", "eager", "compiled", "cudagraph"]
 """How forwards run; `auto` is CUDA graphs on CUDA and eager elsewhere. See `dynatree.runtime`."""
 
@@ -580,6 +583,11 @@ class Config(Section):
                     "one of the rows, or the configuration from the sweep"
                 )
         for section, tables in self.sections.items():
+            if section in PAPER_FILES:
+                problems.append(
+                    f"sections.{section}: paper/{section}.tex is another part of the paper; rename "
+                    "the section"
+                )
             for index, table in enumerate(tables):
                 known(f"sections.{section}.{index}", table, self.tables, "table")
         for name, spec in self.pairs.items():
