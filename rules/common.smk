@@ -4,9 +4,8 @@ from pathlib import Path
 
 from dynatree.ablation import BACKWARD
 from dynatree.committed import committed
-from dynatree.config import canonical, load_config, parse_config
+from dynatree.config import TEXTS, canonical, load_config, parse_config
 from dynatree.errors import ConfigError, ResultError
-from dynatree.numbers import TEXTS
 from dynatree.sources import PACKAGE, imported_sources, source_digest
 
 # `--config results=<folder>` takes results from there, and nothing is measured here.

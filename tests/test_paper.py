@@ -12,9 +12,11 @@ import synthetic
 
 from dynatree.ablation import write_ablation
 from dynatree.cli import app
+from dynatree.config import TEXTS
 from dynatree.errors import ResultError
-from dynatree.evidence import digest_of, read_evidence
+from dynatree.evidence import read_evidence
 from dynatree.figures import bars, save
+from dynatree.files import digest_of
 from dynatree.manifest import (
     Manifest,
     describe,
@@ -23,7 +25,7 @@ from dynatree.manifest import (
     read_manifest,
     write_manifest,
 )
-from dynatree.numbers import TEXTS, macro_name, text
+from dynatree.numbers import macro_name, text
 from dynatree.trace import lookup
 
 ROOT = Path(__file__).parent.parent

@@ -47,13 +47,12 @@ from dynatree.ablation import (
 )
 from dynatree.certificate import Lossless, read_certificate
 from dynatree.config import Config, Models, ModelSource, Point, RunSpec, Spec, Transformer
-from dynatree.differences import differences
+from dynatree.differences import differences, shown
 from dynatree.errors import ResultError
 from dynatree.estimates import Floats, estimate, geometric_mean, median, paired_ratios
 from dynatree.experiments import Experiment, PointFacts
+from dynatree.facts import first_problem
 from dynatree.results import Method, RunResult, read_result
-
-SHOWN_DIFFERENCES = 6
 
 POSITIONS: Final = (0, 100, 500)
 """New tokens after which the ranges of output positions begin; each ends where the next begins."""
@@ -156,7 +155,7 @@ def aggregate_experiment(
     runs = list(dict.fromkeys(point.run for point in points))
     results, origins = _read(config, runs, results_dir, source_digest)
     speedups = {run: _prompt_speedups(result) for run, result in results.items()}
-    shown = set()
+    fastest = set()
     for point in points:
         # Candidates of one row at the same place of the grid.
         rivals = {
@@ -164,13 +163,21 @@ def aggregate_experiment(
             for other in points
             if (other.row, other.values) == (point.row, point.values)
         }
-        shown.add(rivals[_fastest(list(rivals), speedups)].name)
+        fastest.add(rivals[_fastest(list(rivals), speedups)].name)
     return Experiment(
         experiment=name,
         setting=_setting(config, origins),
         axes=list(dict.fromkeys(key for point in points for key in point.values)),
         points=[
-            _point(config, name, point, results[point.run], origins[point.run], point.name in shown)
+            _point(
+                config,
+                name,
+                point,
+                results[point.run],
+                origins[point.run],
+                speedups[point.run],
+                point.name in fastest,
+            )
             for point in points
         ],
         notes=_notes(origins),
@@ -316,12 +323,13 @@ def _point(
     point: Point,
     result: RunResult,
     origin: _Provenance,
-    shown: bool,
+    speedups: Floats,
+    fastest: bool,
 ) -> PointFacts:
     overrides = [
         entry for entry in _overrides(config, point.config) if entry.key not in point.values
     ]
-    facts = _facts(point.name, result, origin, _prompt_speedups(result), overrides, None)
+    facts = _facts(point.name, result, origin, speedups, overrides, None)
     label = config.label(point.row, experiment)
     return PointFacts(
         **dict(facts),
@@ -330,7 +338,7 @@ def _point(
         row=point.row,
         configuration=point.config,
         label=f"{label} ({facts.description})" if point.row in config.sweeps else label,
-        shown=shown,
+        shown=fastest,
         values=point.values,
         workload=result.spec.measure.workload,
         prompts=len(result.spec.prompts),
@@ -353,13 +361,7 @@ def _certified(
 ) -> dict[str, Lossless]:
     """What a certificate of this study, code and weights found, by configuration."""
     certificate = read_certificate(path)
-    # It may hold the configurations of other sections as well.
-    strategies = {
-        name: strategy
-        for name, strategy in certificate.spec.strategies.items()
-        if name in config.measured
-    }
-    made = certificate.spec.model_copy(update={"strategies": strategies})
+    made = certificate.spec.only(config.measured)
     _same_spec(path, made, config.certificate_spec(config.measured))
     _same_code(path, certificate.source_digest, source_digest)
     if certificate.pair_digest != pair_digest:
@@ -380,11 +382,9 @@ def _same_spec(path: Path, measured: Spec, configured: Spec) -> None:
     if measured.digest == configured.digest:
         return
     found = differences(measured.model_dump(mode="json"), configured.model_dump(mode="json"))
-    shown = "; ".join(found[:SHOWN_DIFFERENCES])
-    more = len(found) - SHOWN_DIFFERENCES
     raise ResultError(
-        f"{path}: measured with another configuration ({shown}"
-        f"{f'; and {more} more' if more > 0 else ''}); remove it and run: snakemake {path}"
+        f"{path}: measured with another configuration ({shown(found)}); remove it and run: "
+        f"snakemake {path}"
     )
 
 
@@ -400,11 +400,8 @@ def _origin(path: Path, result: RunResult) -> _Provenance:
     try:
         return _Provenance.model_validate(result.provenance)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, ("provenance", *first["loc"])))
-        raise ResultError(
-            f"{path}: {where}: {first['msg']}; remove it and run: snakemake {path}"
-        ) from None
+        problem = first_problem(error, "provenance")
+        raise ResultError(f"{path}: {problem}; remove it and run: snakemake {path}") from None
 
 
 def _same_weights(results: dict[str, RunResult], paths: dict[str, Path]) -> None:

@@ -85,11 +85,7 @@ def committed(config: Config, folder: Path, pairs: Path) -> Committed:
             result.spec.model_dump(mode="json"), config.spec(name).model_dump(mode="json")
         ):
             misfits.setdefault(line, []).append(name)
-    # It may hold configurations of other sections as well.
-    strategies = {
-        name: strategy for name, strategy in certificate.spec.strategies.items() if name in results
-    }
-    made = certificate.spec.model_copy(update={"strategies": strategies})
+    made = certificate.spec.only(results)
     for line in differences(
         made.model_dump(mode="json"), config.certificate_spec(names).model_dump(mode="json")
     ):

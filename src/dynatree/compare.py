@@ -21,13 +21,12 @@ from typing import Any, Final
 
 from dynatree.ablation import Ablation, ConfigurationFacts, Estimate, Interval, read_ablation
 from dynatree.aggregate import throughputs
-from dynatree.differences import differences
+from dynatree.differences import SHOWN, differences, shown
 from dynatree.errors import ResultError
 from dynatree.estimates import crossed_ratio
 from dynatree.results import RunResult, read_result
 
 NAMES: Final = ("A", "B")
-SHOWN_DIFFERENCES: Final = 6
 
 FREE_MODELS: Final = {"target", "draft", "recipe", "device", "runtime"}
 FREE_MEASURE: Final = {"workload", "runs", "warmup"}
@@ -235,7 +234,7 @@ def compare_ablations(one: Ablation, other: Ablation, where: str = "A and B") ->
             )
     if not quantities:
         raise ResultError(
-            f"{where} have no configuration in common: " + "; ".join(left_out[:SHOWN_DIFFERENCES])
+            f"{where} have no configuration in common: " + "; ".join(left_out[:SHOWN])
         )
     method = "note: intervals are not paired by prompt, so wide; two run results give narrower ones"
     return Comparison(quantities, None, differing, [method, *left_out])
@@ -285,10 +284,8 @@ def _kind(path: Path) -> str:
 def _require_equal(one: Any, other: Any, where: str, path: str = "") -> None:
     found = differences(one, other, NAMES, path)
     if found:
-        more = len(found) - SHOWN_DIFFERENCES
         raise ResultError(
-            f"{where} cannot be compared: {'; '.join(found[:SHOWN_DIFFERENCES])}"
-            f"{f'; and {more} more' if more > 0 else ''}; measure both with the same values"
+            f"{where} cannot be compared: {shown(found)}; measure both with the same values"
         )
 
 

@@ -8,7 +8,7 @@ import difflib
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -31,6 +31,7 @@ from pydantic import (
 
 from dynatree.embedded.corpus import language_reference
 from dynatree.errors import ConfigError
+from dynatree.files import digest_of
 from dynatree.strategies import Strategy, StrategyBase
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
@@ -39,8 +40,9 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
 ExperimentName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,31}$")]
 """Names become targets of Snakemake and begin those of points, where a hyphen separates."""
 
-PAPER_FILES = ("main", "numbers", "prose", "tables")
-"""Parts of the paper that are there whatever the sections; see `dynatree.numbers`."""
+TEXTS = ("numbers", "prose", "tables")
+"""Parts of the paper that are made from all sections; each has a template of its name. No section
+may be called as one of them, nor as `main`, which includes them."""
 
 RuntimeMode = Literal["auto", "eager", "compiled", "cudagraph"]
 """How forwards run; `auto` is CUDA graphs on CUDA and eager elsewhere. See `dynatree.runtime`."""
@@ -506,6 +508,11 @@ class CertificateSpec(Spec):
     strategies: Annotated[dict[Name, Strategy], Field(min_length=1)]
     max_new_tokens: Count
 
+    def only(self, names: Iterable[str]) -> Self:
+        """The same of those configurations alone: a certificate may hold other sections' too."""
+        kept = {name: self.strategies[name] for name in names if name in self.strategies}
+        return self.model_copy(update={"strategies": kept})
+
 
 class TreesSpec(Spec):
     """What the recorded draft trees of one configuration depend on."""
@@ -583,7 +590,7 @@ class Config(Section):
                     "one of the rows, or the configuration from the sweep"
                 )
         for section, tables in self.sections.items():
-            if section in PAPER_FILES:
+            if section in ("main", *TEXTS):
                 problems.append(
                     f"sections.{section}: paper/{section}.tex is another part of the paper; rename "
                     "the section"
@@ -846,8 +853,7 @@ def file_digest(path: Path) -> str:
 
 @cache
 def _file_digest(path: Path, modified: int, size: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return digest_of(path)
 
 
 def parse_spec(text: str) -> RunSpec:

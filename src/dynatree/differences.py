@@ -1,6 +1,10 @@
 """In which fields two JSON values differ: for messages that name the field and both values."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Final
+
+SHOWN: Final = 6
+"""Differences that a message lists before it counts the rest."""
 
 
 def differences(
@@ -28,3 +32,9 @@ def differences(
         for key, old, new in pairs
         for line in differences(old, new, names, f"{path}.{key}" if path else key)
     ]
+
+
+def shown(found: Sequence[str]) -> str:
+    """The first of the lines `found`, and how many more there are."""
+    more = len(found) - SHOWN
+    return "; ".join(found[:SHOWN]) + (f"; and {more} more" if more > 0 else "")

@@ -1,11 +1,11 @@
 """The result files that a paper is written from, read once, each value with its place."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dynatree.ablation import Ablation, ConfigurationFacts, read_ablation
+from dynatree.files import digest_of
 from dynatree.results import RunResult, read_result
 from dynatree.trace import located
 
@@ -59,11 +59,6 @@ def read_evidence(folder: Path, sections: Sequence[str], runs_folder: Path) -> E
                 run_files[name] = run_file
     digests = {file: digest_of(Path(file)) for file in [*files.values(), *run_files.values()]}
     return Evidence(aggregates, runs, files, run_files, digests)
-
-
-def digest_of(path: Path) -> str:
-    """SHA-256 (hex) of the bytes of one file, as `sha256sum` prints it."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _located_run(result: RunResult, file: str) -> RunResult:

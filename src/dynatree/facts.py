@@ -42,9 +42,14 @@ def read_facts(path: Path, kind: type[AnyFact], what: str) -> AnyFact:
     except OSError as error:
         raise ResultError(f"{path}: cannot be read: {error}") from None
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
         raise ResultError(
-            f"{path}: not a valid {what} ({where + ': ' if where else ''}{first['msg']}); "
-            f"remove it and run: snakemake {path}"
+            f"{path}: not a valid {what} ({first_problem(error)}); remove it and run: "
+            f"snakemake {path}"
         ) from None
+
+
+def first_problem(error: ValidationError, *inside: str) -> str:
+    """The first thing wrong: its path, which lies `inside` of these keys, and what it is."""
+    first = error.errors(include_url=False)[0]
+    where = ".".join(map(str, (*inside, *first["loc"])))
+    return f"{where}: {first['msg']}" if where else first["msg"]

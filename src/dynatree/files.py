@@ -37,13 +37,17 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def digest_of(path: Path) -> str:
+    """SHA-256 (hex) of the bytes of one file, as `sha256sum` prints it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def digest_files(paths: Iterable[Path]) -> str:
     """SHA-256 (hex) over contents and names (with the folder's name), wherever the files lie."""
     total = hashlib.sha256()
     for name, path in sorted((f"{path.parent.name}/{path.name}", path) for path in paths):
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256")
-        total.update(f"{name}\0{content.hexdigest()}\n".encode())
+        total.update(f"{name}\0{digest_of(path)}\n".encode())
     return total.hexdigest()
 
 

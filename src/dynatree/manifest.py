@@ -13,11 +13,13 @@ from typing import Literal, Self
 from pydantic import model_validator
 
 from dynatree.ablation import Ablation
+from dynatree.config import TEXTS
 from dynatree.errors import ResultError
-from dynatree.evidence import Evidence, digest_of, read_evidence
+from dynatree.evidence import Evidence, read_evidence
 from dynatree.facts import Fact, read_facts, write_facts
 from dynatree.figures import bars, save
-from dynatree.numbers import TEXTS, text
+from dynatree.files import digest_of
+from dynatree.numbers import text
 from dynatree.render import Page, Shown, render
 from dynatree.trace import Source, lookup, watched
 

@@ -18,12 +18,9 @@ from dynatree.trace import Source, counted, distinct, traced
 
 DIGITS = ("Zero", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine")
 
-TEXTS = ("numbers", "prose", "tables")
-"""Parts of the paper that are made from all sections; each has a template of its name."""
-
 
 def text(evidence: Evidence, template: Path) -> Page:
-    """One of `TEXTS`; raises as `fill`."""
+    """One of `dynatree.config.TEXTS`; raises as `fill`."""
     return fill(template, _names(evidence))
 
 

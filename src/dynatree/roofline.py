@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, V
 from dynatree.ablation import Estimate
 from dynatree.errors import ResultError
 from dynatree.estimates import estimate, median
+from dynatree.facts import first_problem
 from dynatree.points import Point
 
 
@@ -73,8 +74,6 @@ def read_roofline(path: Path) -> Roofline:
     except OSError as error:
         raise ResultError(f"{path}: cannot be read: {error}; run: bench/roofline.py") from None
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
         raise ResultError(
-            f"{path}: not a record of bench/roofline.py ({where}: {first['msg']}); run it again"
+            f"{path}: not a record of bench/roofline.py ({first_problem(error)}); run it again"
         ) from None
