@@ -22,10 +22,10 @@ from harness import (
 )
 
 from dynatree import packing
-from dynatree.config import RuntimeMode
 from dynatree.errors import reporting
 from dynatree.runner import ModelRunner
 from dynatree.runtime import Runtime
+from dynatree.schema import RuntimeMode
 
 ROWS = (1, 2, 4, 8, 16, 32)
 MODES: tuple[RuntimeMode, ...] = ("eager", "compiled")

@@ -86,7 +86,8 @@ train() {
     recipe=$(python3 - "$config" "$pair" <<'END'
 import sys
 
-from dynatree.config import canonical, load_config
+from dynatree.config import load_config
+from dynatree.schema import canonical
 
 models = load_config(sys.argv[1]).pairs[sys.argv[2]]
 if models.recipe is not None:

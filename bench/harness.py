@@ -21,13 +21,14 @@ import torch
 from torch import Tensor
 
 from dynatree.ablation import Estimate
-from dynatree.config import RunSpec, load_config, parse_config
+from dynatree.config import load_config, parse_config
 from dynatree.errors import LosslessError
 from dynatree.estimates import Floats, estimate, geometric_mean, paired_ratios
 from dynatree.files import write_text
 from dynatree.measure import first_difference, timed
 from dynatree.pairs import Pair, load_models
 from dynatree.provenance import provenance
+from dynatree.specs import RunSpec
 from dynatree.workloads import encode_prompts
 
 SYSTEM = "dynatree"

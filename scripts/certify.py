@@ -7,9 +7,9 @@ import torch
 
 from dynatree.certificate import ConfigurationCheck, write_certificate
 from dynatree.certify import certify
-from dynatree.config import parse_certificate_spec
 from dynatree.errors import reporting
 from dynatree.pairs import load_models
+from dynatree.specs import parse_certificate_spec
 
 
 def main() -> None:

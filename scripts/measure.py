@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 
-from dynatree.config import parse_spec
 from dynatree.errors import reporting
 from dynatree.measure import measure
 from dynatree.pairs import load_models
 from dynatree.results import write_result
+from dynatree.specs import parse_spec
 
 
 def main() -> None:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
-from dynatree.config import parse_trees_spec
 from dynatree.errors import reporting
 from dynatree.observe import record_trees
 from dynatree.pairs import load_models
+from dynatree.specs import parse_trees_spec
 from dynatree.tree_record import write_record
 
 

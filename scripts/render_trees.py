@@ -3,9 +3,9 @@
 import argparse
 from pathlib import Path
 
-from dynatree.config import parse_trees_spec
 from dynatree.errors import reporting
 from dynatree.files import write_text
+from dynatree.specs import parse_trees_spec
 from dynatree.tree_page import render_page
 from dynatree.tree_record import read_records
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
-from dynatree.config import parse_recipe
 from dynatree.embedded.train import train_pair
 from dynatree.errors import reporting
 from dynatree.pairs import resolve_device
+from dynatree.recipes import parse_recipe
 
 
 def main() -> None:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dynatree.config import Recipe
 from dynatree.embedded.train import train_pair
+from dynatree.recipes import Recipe
 
 RECIPE = {
     "corpus_characters": 4000,

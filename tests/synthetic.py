@@ -16,7 +16,7 @@ from dynatree.certificate import (
     noise_limit,
     write_certificate,
 )
-from dynatree.config import Config, RunSpec, parse_config
+from dynatree.config import Config, parse_config
 from dynatree.results import (
     Divergence,
     Method,
@@ -29,6 +29,7 @@ from dynatree.results import (
     totals,
     write_result,
 )
+from dynatree.specs import RunSpec
 
 SOURCE = "5" * 64
 CERTIFYING = "6" * 64

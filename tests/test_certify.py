@@ -19,10 +19,10 @@ from dynatree.certificate import (
     write_certificate,
 )
 from dynatree.certify import Case, certify, control, departures, oracle
-from dynatree.config import CertificateSpec
 from dynatree.errors import LosslessError, ResultError
 from dynatree.pairs import Pair
 from dynatree.sampling import Sampler
+from dynatree.specs import CertificateSpec
 
 STRATEGIES = {
     "ar": {"strategy": "autoregressive"},

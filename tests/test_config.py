@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dynatree
-from dynatree.config import parse_config, parse_spec
+from dynatree.config import parse_config
 from dynatree.errors import ConfigError
+from dynatree.specs import parse_spec
 
 SHIPPED = Path(__file__).parent.parent / "config.yaml"
 

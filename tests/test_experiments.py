@@ -11,9 +11,10 @@ import synthetic
 import yaml
 
 from dynatree.aggregate import aggregate, aggregate_experiment, experiment_csv
-from dynatree.config import load_config, parse_config, parse_spec
+from dynatree.config import load_config, parse_config
 from dynatree.errors import ConfigError, ResultError
 from dynatree.experiments import Experiment, read_experiment, write_experiment
+from dynatree.specs import parse_spec
 
 SHIPPED = Path(__file__).parent.parent / "config.yaml"
 TUNED = {"tuned": {"best_of": ["linear", "linear2"], "labels": {"grid": "Tuned"}}}

@@ -8,10 +8,10 @@ from micro_pair import micro  # noqa: F401 - a fixture
 
 from dynatree import Autoregressive, Linear, Tree
 from dynatree.accept import accept_greedy
-from dynatree.config import RunSpec
 from dynatree.errors import DecodeError, LosslessError
 from dynatree.measure import compare, measure, schedule
 from dynatree.pairs import load_models
+from dynatree.specs import RunSpec
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ import pytest
 import torch
 from micro_pair import micro, train  # noqa: F401 - micro is a fixture
 
-from dynatree.config import Models
 from dynatree.errors import PairError
 from dynatree.pairs import load_models, resolve_device
+from dynatree.specs import Models
 
 
 def models(folder, **changes):

@@ -12,11 +12,13 @@ from micro_pair import micro, train  # noqa: F401 - micro is a fixture
 from models import VOCAB, build, oracle, prompt
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dynatree.config import Models, Recipe, Transformer, parse_config
+from dynatree.config import parse_config
 from dynatree.embedded.train import _new_model
 from dynatree.embedded.widen import widen
 from dynatree.errors import ConfigError
 from dynatree.pairs import load_models
+from dynatree.recipes import Recipe, Transformer
+from dynatree.specs import Models
 
 SHIPPED = Path(__file__).parent.parent / "config.yaml"
 WIDE = Transformer(layers=5, width=128, heads=8)

@@ -11,12 +11,15 @@ import pytest
 from micro_pair import micro, study  # noqa: F401 - a fixture
 
 from dynatree.certify import certify
-from dynatree.config import Selection, digest, parse_certificate_spec, parse_config, parse_spec
+from dynatree.config import parse_config
 from dynatree.embedded.corpus import language_reference
 from dynatree.errors import ConfigError, WorkloadError
 from dynatree.measure import measure
 from dynatree.pairs import load_pair
 from dynatree.results import read_result, write_result
+from dynatree.schema import digest
+from dynatree.specs import parse_certificate_spec, parse_spec
+from dynatree.texts import Selection
 from dynatree.workloads import encode_prompts, select
 
 LINES = [f"Line {number} tells that {number * number} is a square." for number in range(40)]

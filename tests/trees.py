@@ -2,7 +2,7 @@
 
 from datetime import UTC, datetime
 
-from dynatree.config import TreesSpec
+from dynatree.specs import TreesSpec
 from dynatree.tree_record import TreeRecord
 
 SCRIPT = "</script><script>alert(1)</script>"

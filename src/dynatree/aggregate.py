@@ -46,13 +46,15 @@ from dynatree.ablation import (
     Table,
 )
 from dynatree.certificate import Lossless, read_certificate
-from dynatree.config import Config, Models, ModelSource, Point, RunSpec, Spec, Transformer
+from dynatree.config import Config, Point
 from dynatree.differences import differences, shown
 from dynatree.errors import ResultError
 from dynatree.estimates import Floats, estimate, geometric_mean, median, paired_ratios
 from dynatree.experiments import Experiment, PointFacts
 from dynatree.facts import first_problem
+from dynatree.recipes import Transformer
 from dynatree.results import Method, RunResult, read_result
+from dynatree.specs import Models, ModelSource, RunSpec, Spec
 
 POSITIONS: Final = (0, 100, 500)
 """New tokens after which the ranges of output positions begin; each ends where the next begins."""

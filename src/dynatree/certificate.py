@@ -29,9 +29,9 @@ from pydantic import (
     model_validator,
 )
 
-from dynatree.config import CertificateSpec
 from dynatree.errors import LosslessError
 from dynatree.facts import Fact, read_facts, write_facts
+from dynatree.specs import CertificateSpec
 
 SAFETY: Final = 2.0
 """How many times the control's noise a token may fall short of the oracle's best."""

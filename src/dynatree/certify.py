@@ -33,13 +33,13 @@ from dynatree.certificate import (
     explained,
     noise_limit,
 )
-from dynatree.config import CertificateSpec
 from dynatree.decode import Decoder
 from dynatree.measure import first_difference
 from dynatree.pairs import Pair
 from dynatree.provenance import provenance
 from dynatree.sampling import Sampler, Sampling
 from dynatree.sources import source_digest
+from dynatree.specs import CertificateSpec
 from dynatree.strategies import StrategyBase
 from dynatree.workloads import encode_prompts
 

@@ -8,8 +8,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from dynatree.config import RunSpec, load_config, parse_config
+from dynatree.config import load_config, parse_config
 from dynatree.errors import reporting
+from dynatree.specs import RunSpec
 
 typer_app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 

@@ -18,7 +18,6 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 
 from dynatree.accept import accept_greedy, ranks_and_children
 from dynatree.clock import PhaseClock
-from dynatree.config import RuntimeMode
 from dynatree.controller import Controller, CostModel, measured_once, median_seconds
 from dynatree.drafting import Drafter
 from dynatree.errors import DecodeError
@@ -26,6 +25,7 @@ from dynatree.report import Reading, Report, Round
 from dynatree.runner import ModelRunner
 from dynatree.runtime import Runtime
 from dynatree.sampling import Sampler, Sampling, SamplingMode
+from dynatree.schema import RuntimeMode
 from dynatree.strategies import StrategyBase
 from dynatree.tree import DraftTree
 

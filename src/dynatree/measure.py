@@ -17,7 +17,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from dynatree.config import RunSpec, digest
 from dynatree.decode import Decoder, Generation
 from dynatree.errors import LosslessError
 from dynatree.pairs import Pair
@@ -34,7 +33,9 @@ from dynatree.results import (
     repeated_8grams,
     totals,
 )
+from dynatree.schema import digest
 from dynatree.sources import source_digest
+from dynatree.specs import RunSpec
 from dynatree.strategies import Autoregressive
 from dynatree.workloads import encode_prompts
 

@@ -8,12 +8,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dynatree.accept import Accepted
-from dynatree.config import TreesSpec
 from dynatree.decode import Decoder
 from dynatree.pairs import Pair
 from dynatree.provenance import provenance
 from dynatree.runtime import Runtime
 from dynatree.sources import source_digest
+from dynatree.specs import TreesSpec
 from dynatree.strategies import StrategyBase
 from dynatree.tree import DraftTree
 from dynatree.tree_record import (

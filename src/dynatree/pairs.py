@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import (
@@ -12,9 +12,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from dynatree.config import Config, Models, ModelSource
 from dynatree.errors import PairError
 from dynatree.files import weights_digest
+from dynatree.specs import Models, ModelSource
+
+if TYPE_CHECKING:
+    from dynatree.config import Config
 
 EMBEDDED = Path("results/pairs")
 """Pairs that a recipe trains live here, one folder each."""
@@ -49,7 +52,7 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def load_pair(config: Config) -> Pair:
+def load_pair(config: "Config") -> Pair:
     """Loads the pair that the configuration uses.
 
     Raises:

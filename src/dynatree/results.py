@@ -15,8 +15,9 @@ from pydantic import (
     model_validator,
 )
 
-from dynatree.config import RunSpec, digest
 from dynatree.facts import Fact, read_facts, write_facts
+from dynatree.schema import digest
+from dynatree.specs import RunSpec
 
 SCHEMA_VERSION: Final = 3
 

@@ -13,9 +13,9 @@ import torch.fx.experimental._config
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from dynatree.config import RuntimeMode
 from dynatree.errors import DecodeError
 from dynatree.packing import packed
+from dynatree.schema import RuntimeMode
 
 SLOT_BUCKETS = {True: 256, False: 64}
 """Attention reads a multiple of this many KV slots, where shapes are static and where not."""

@@ -10,9 +10,9 @@ from typing import Literal, Self
 
 from pydantic import AwareDatetime, Field, NonNegativeInt, NonPositiveFloat, model_validator
 
-from dynatree.config import TreesSpec
 from dynatree.errors import ResultError
 from dynatree.facts import Fact, read_facts, write_facts
+from dynatree.specs import TreesSpec
 
 Fate = Literal["root", "accepted", "refused", "threshold", "budget", "breadth"]
 """What became of a node: the last committed token; verified, and what the target chose or not;

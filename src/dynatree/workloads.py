@@ -21,10 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynatree.config import Selection, Spec, file_digest
 from dynatree.embedded.corpus import language_reference
 from dynatree.errors import DecodeError, WorkloadError
 from dynatree.pairs import Pair
+from dynatree.specs import Spec
+from dynatree.texts import Selection, file_digest
 
 Encode = Callable[[str], list[int]]
 """The tokens of a text, with those that the tokenizer adds by itself."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding
 
-from dynatree.config import Transformer
+from dynatree.recipes import Transformer
 
 
 @torch.no_grad()
