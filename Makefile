@@ -13,8 +13,9 @@ all: .venv/run
 	snakemake --cores all --resources gpu=1
 
 # Everything that a change must pass, quickest first.
+# A file's tests stay in one process, because they share what is costly to make.
 test: check
-	pytest
+	pytest -n logical --maxprocesses 4 --dist loadfile
 
 check: .venv/test
 	ruff check .

@@ -7,6 +7,9 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # The cores are shared out already.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 TOOLS = {
     "tex": ("latexmk", "latexmk texlive-latex-base texlive-latex-recommended"),
