@@ -89,12 +89,10 @@ class ModelRunner:
             mask = torch.zeros_like(mask, dtype=self.dtype).masked_fill_(~mask, lowest)
         if self._last is not None:
             positions = positions.clamp(max=self._last)
-        output = self._call(
+        logits = self._call(
             input_ids=tokens[None],
             position_ids=positions[None],
             attention_mask=mask,
             past_key_values=self.cache,
-            use_cache=True,
         )
-        logits: Tensor = output.logits[0]
-        return logits
+        return logits[0]

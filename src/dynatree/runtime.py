@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from types import FunctionType
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.fx.experimental._config
@@ -85,11 +85,12 @@ class Runtime:
         # would compile once more for the forward that sees all slots.
         return self.visible(slots) + 8
 
-    def callable(self, model: PreTrainedModel) -> Callable[..., Any]:
-        """The forward of `model` as this runtime calls it, with shapes left open."""
+    def callable(self, model: PreTrainedModel) -> Callable[..., Tensor]:
+        """The forward of `model`, from its inputs to its logits [1, n, vocabulary], as this runtime
+        calls it, with shapes left open."""
         model = packed(model)
         if self.mode == "eager":
-            return cast(Callable[..., Any], model)
+            return partial(_forward, model)
         # Once: a model finds out its dtype and device by walking over its parameters.
         return partial(_compiled, model, (model.dtype, model.device))
 
@@ -154,25 +155,26 @@ def _forward(
     position_ids: Tensor,
     attention_mask: Tensor,
     past_key_values: Cache,
-    use_cache: bool,
-) -> Any:
-    return model(
+) -> Tensor:
+    # The logits alone: compiled code would fill in the whole output object at every call.
+    logits: Tensor = model(
         input_ids=input_ids,
         position_ids=position_ids,
         attention_mask=attention_mask,
         past_key_values=past_key_values,
-        use_cache=use_cache,
-    )
+        use_cache=True,
+    ).logits
+    return logits
 
 
 _COMPILED: weakref.WeakKeyDictionary[
-    PreTrainedModel, dict[tuple[object, ...], Callable[..., Any]]
+    PreTrainedModel, dict[tuple[object, ...], Callable[..., Tensor]]
 ] = weakref.WeakKeyDictionary()
 
 
 def _compiled(
     model: PreTrainedModel, kind: tuple[object, ...], *, input_ids: Tensor, **inputs: Any
-) -> Any:
+) -> Tensor:
     """The compiled forward of `model`; compiled on first use for one token, and for several.
 
     What torch.compile would check before every call, a tenth of a target's forward and a third of
