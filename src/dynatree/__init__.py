@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dynatree.config import Config, load_config
-    from dynatree.decode import Decoder, Generation, Stats, custom_generate, generate
+    from dynatree.decode import Decoder, Generation, Stats, generate
     from dynatree.pairs import Pair, load_pair
     from dynatree.sampling import Sampling
     from dynatree.strategies import Auto, Autoregressive, BestFirst, DynamicTree, Linear, Tree
+    from dynatree.transformers_entry import custom_generate
 
 _HOME = {
     "Auto": "dynatree.strategies",
@@ -27,7 +28,7 @@ _HOME = {
     "Sampling": "dynatree.sampling",
     "Stats": "dynatree.decode",
     "Tree": "dynatree.strategies",
-    "custom_generate": "dynatree.decode",
+    "custom_generate": "dynatree.transformers_entry",
     "generate": "dynatree.decode",
     "load_config": "dynatree.config",
     "load_pair": "dynatree.pairs",
