@@ -90,7 +90,7 @@ class Runtime:
         calls it, with shapes left open."""
         model = packed(model)
         if self.mode == "eager":
-            return partial(_forward, model)
+            return partial(forward, model)
         # Once: a model finds out its dtype and device by walking over its parameters.
         return partial(_compiled, model, (model.dtype, model.device))
 
@@ -149,13 +149,14 @@ class Runtime:
         return torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else 0
 
 
-def _forward(
+def forward(
     model: PreTrainedModel,
     input_ids: Tensor,
     position_ids: Tensor,
     attention_mask: Tensor,
     past_key_values: Cache,
 ) -> Tensor:
+    """Logits [1, n, vocabulary] of one forward over n tokens; see `ModelRunner.forward`."""
     # The logits alone: compiled code would fill in the whole output object at every call.
     logits: Tensor = model(
         input_ids=input_ids,
@@ -188,9 +189,9 @@ def _compiled(
     key = (one, *kind, model.training)
     if key in variants:
         return variants[key](model, input_ids, **inputs)
-    code = _forward.__code__.replace(co_name=f"_forward_{'one' if one else 'several'}")
+    code = forward.__code__.replace(co_name=f"forward_{'one' if one else 'several'}")
     variants[key] = torch.compile(
-        FunctionType(code, _forward.__globals__),
+        FunctionType(code, forward.__globals__),
         dynamic=True,
         fullgraph=True,
         options={**_INDUCTOR, "guard_filter_fn": torch.compiler.skip_all_guards_unsafe},
