@@ -23,7 +23,7 @@ from dynatree.cache import SlotCache
 from dynatree.controller import CostModel
 from dynatree.drafting import Drafter
 from dynatree.report import Report
-from dynatree.runtime import SLOT_BUCKETS, Runtime
+from dynatree.runtime import SLOT_BUCKETS, Runtime, forward
 from dynatree.tree import DraftTree
 
 CPU = torch.device("cpu")
