@@ -5,8 +5,8 @@ from pathlib import Path
 from dynatree.ablation import BACKWARD
 from dynatree.committed import committed
 from dynatree.config import TEXTS, load_config, parse_config
-from dynatree.schema import canonical
 from dynatree.errors import ConfigError, ResultError
+from dynatree.schema import canonical
 from dynatree.sources import PACKAGE, imported_sources, source_digest
 
 # `--config results=<folder>` takes results from there, and nothing is measured here.

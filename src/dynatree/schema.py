@@ -17,10 +17,8 @@ from dynatree.strategies import Strategy
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
 """Names become file names below `results/`, so they hold no separators and no shell characters."""
 
-
 RuntimeMode = Literal["auto", "eager", "compiled", "cudagraph"]
 """How forwards run; `auto` is CUDA graphs on CUDA and eager elsewhere. See `dynatree.runtime`."""
-
 
 Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -61,10 +59,8 @@ def digest(data: Any) -> str:
     return hashlib.sha256(canonical(data).encode()).hexdigest()
 
 
-_TAGS = [kind.model_fields["strategy"].default for kind in get_args(get_args(Strategy)[0])]
-
-
 _Section = TypeVar("_Section", bound=Section)
+_TAGS = [kind.model_fields["strategy"].default for kind in get_args(get_args(Strategy)[0])]
 
 
 def parse_json(kind: type[_Section], text: str, what: str) -> _Section:
