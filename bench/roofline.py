@@ -102,7 +102,7 @@ def draft_level(decoder: Decoder, width: int, context: int) -> tuple[Any, Callab
     # In a full binary tree the level d begins at node 2^d - 1, and has 2^d nodes.
     nodes, depth = slice(width - 1, 2 * width - 1), width.bit_length() - 1
     visible = decoder.runtime.visible(context + nodes.stop)
-    columns = tree.columns(visible, position)
+    columns = tree.columns(torch.arange(1, visible + 1, device=position.device), position)
 
     def level() -> None:
         logits = drafter.runner.forward(

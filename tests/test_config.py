@@ -49,10 +49,10 @@ def test_shipped_names_and_strategies():
         depth=7, branch_factor=2, prune_threshold=0, node_budget=256
     )
     assert shipped["dynatree"] == tree(
-        depth=7, branch_factor=2, prune_threshold=0.05, node_budget=256
+        depth=7, branch_factor=2, prune_threshold=0.01, node_budget=256
     )
-    assert shipped["tree_single_path"] == tree(depth=7, branch_factor=1, prune_threshold=0.05)
-    assert shipped["tree_depth1"] == tree(depth=1, branch_factor=2, prune_threshold=0.05)
+    assert shipped["tree_single_path"] == tree(depth=7, branch_factor=1, prune_threshold=0.01)
+    assert shipped["tree_depth1"] == tree(depth=1, branch_factor=2, prune_threshold=0.01)
     assert shipped["dynatree_adaptive"] == dynatree.DynamicTree()
     assert shipped["best_first"] == dynatree.BestFirst()
     assert shipped["best_first_ngram"] == dynatree.BestFirst(ngram=True)
@@ -171,7 +171,7 @@ def test_pair_overrides_change_the_strategy_and_the_spec(data):
     assert after.measurement.runs == 2
     assert after.spec("dynatree").digest != before.spec("dynatree").digest
     put(data, "pair", "pythia")
-    assert parse_config(data).strategy("dynatree").prune_threshold == 0.05
+    assert parse_config(data).strategy("dynatree").prune_threshold == 0.01
 
 
 def test_the_spec_holds_what_is_measured_and_nothing_else(data):

@@ -116,9 +116,9 @@ def test_pruning_and_budget_apply_when_a_child_is_added(monkeypatch):
     extend = DraftTree.extend
 
     def recording(self, *level):
-        size = self.size
-        extend(self, *level)
-        added.append(self.log_probs[size : self.size].tolist())
+        tokens, log_probs = extend(self, *level)
+        added.append(log_probs.tolist())
+        return tokens, log_probs
 
     monkeypatch.setattr(DraftTree, "extend", recording)
     decode("llama", dynatree.Tree(depth=5, branch_factor=4, prune_threshold=0.03))

@@ -495,7 +495,7 @@ def shapes_that_follow_the_draft(monkeypatch, runtime):
 def position_read_by_the_host(monkeypatch, runtime):
     columns = DraftTree.columns
     monkeypatch.setattr(
-        DraftTree, "columns", lambda self, visible, at: columns(self, visible, at + int(at) * 0)
+        DraftTree, "columns", lambda self, counted, at: columns(self, counted, at + int(at) * 0)
     )
 
 
@@ -504,7 +504,7 @@ def index_made_on_the_host(monkeypatch, runtime):
     monkeypatch.setattr(
         DraftTree,
         "columns",
-        lambda self, visible, at: columns(self, visible, at)[torch.arange(visible)],
+        lambda self, counted, at: columns(self, counted, at)[torch.arange(len(counted))],
     )
 
 

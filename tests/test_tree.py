@@ -81,7 +81,9 @@ def test_attention_mask_shows_prefix_and_ancestors_only(first, grown, prefix, da
     stop = data.draw(st.integers(start + 1, tree.size))
     visible = data.draw(st.integers(prefix + stop, prefix + 60))
     parents = flat(grown)[0]
-    mask = tree.attention_mask(start, stop, tree.columns(visible, torch.tensor([prefix])))
+    mask = tree.attention_mask(
+        start, stop, tree.columns(torch.arange(1, visible + 1), torch.tensor([prefix]))
+    )
     assert mask.tolist() == [
         [slot < prefix or slot - prefix in path_of(parents, node) for slot in range(visible)]
         for node in range(start, stop)

@@ -142,6 +142,7 @@ class Decoder:
         # All committed tokens by position; what lies beyond `position` means nothing.
         self._history = torch.zeros(slots, dtype=torch.long, device=device)
         self._choices = torch.zeros(self._most_rows, dtype=torch.long, device=device)
+        self._counted = torch.arange(1, slots + 1, device=device)
         self._report = Report(longest, device)
         self._streams = 0
         self._prepared = False
@@ -498,7 +499,7 @@ class Decoder:
 
     def _verify_phase(self, rows: int, visible: int) -> None:
         tree = self._tree
-        columns = tree.columns(visible, self._position)
+        columns = tree.columns(self._counted[:visible], self._position)
         logits = self._target.forward(
             tree.tokens[:rows],
             tree.depths[:rows] + self._position,

@@ -47,6 +47,7 @@ class Drafter:
                 rule,
                 rule.widths,
                 [rule.max_expanded(depth + 1) for depth in range(rule.max_depth)],
+                torch.arange(min(rule.max_children, runner.vocab_size), device=runner.device),
                 torch.tensor(rule.min_log_prob, device=runner.device),
             )
             for rule in strategy.rules
@@ -67,6 +68,7 @@ class Drafter:
         # Those, and what rounds without a draft step left besides.
         self._missed = torch.arange(1 - unread - MAX_PAUSE, 1, device=runner.device)
         self._slots = torch.arange(runner.cache.capacity, device=runner.device)
+        self._counted = self._slots + 1
         # Where tokens are gathered. Forwards are compiled for tokens in tensors made outside of
         # inference mode, and would be compiled once more for others.
         most = max(grown, len(self._missed))
@@ -98,7 +100,7 @@ class Drafter:
 
     def follow(self, rule: int) -> None:
         """The next trees grow by the rule of this index among those of the strategy."""
-        self.strategy, self._widths, self._limits, self._least = self._rules[rule]
+        self.strategy, self._widths, self._limits, self._ranks, self._least = self._rules[rule]
 
     def catch_up(self, history: Tensor, position: Tensor, visible: int, rounds: int) -> None:
         """Reads what `rounds` rounds without a draft step, `MAX_PAUSE` at most, left unread."""
@@ -127,7 +129,7 @@ class Drafter:
             if self._sampler is not None:
                 self._sampler.plant(position)
             return self._kept
-        columns = tree.columns(visible, position)
+        columns = tree.columns(self._counted[:visible], position)
         slots = tree.indices + position
         recent = self._recent
         if self._trim and len(recent) > 2:
@@ -140,14 +142,14 @@ class Drafter:
         level, chosen, log_probs = slice(0, 1), None, tree.log_probs[:1]
         for depth, width in enumerate(self._widths[:max_depth], start=1):
             start = tree.size
-            self._extend(level, chosen, log_probs, logits, width, depth)
+            tokens, log_probs = self._extend(level, chosen, log_probs, logits, width, depth)
             level = slice(start, tree.size)
             if start == tree.size or depth == max_depth:
                 break
-            chosen, log_probs = self._expanded(level, depth)
+            chosen, log_probs = self._expanded(log_probs, depth)
             if len(log_probs) == 0:
                 break
-            tokens, depths, places = tree.tokens[level], tree.depths[level], slots[level]
+            depths, places = tree.depths[level], slots[level]
             mask = tree.attention_mask(level.start, level.stop, columns)
             if chosen is not None:
                 tokens = self._gathered(tokens, chosen)
@@ -198,7 +200,7 @@ class Drafter:
         logits: Tensor,
         width: int,
         depth: int,
-    ) -> None:
+    ) -> tuple[Tensor, Tensor]:
         """Adds level `depth`: children of the `chosen` [w] nodes of `level`, or of all of them.
 
         A NaN is neither below a threshold nor dead: it stays in the tree, and is found there.
@@ -206,9 +208,12 @@ class Drafter:
         Args:
             parent_log_probs: [w] cumulative; that of a node that is not expanded is minus infinity.
             logits: [w, vocabulary].
+
+        Returns:
+            The level's tokens and cumulative log-probabilities.
         """
         tree, strategy = self._grown, self.strategy
-        children = min(strategy.max_children, logits.shape[-1])
+        children = len(self._ranks)
         log_probs = torch.log_softmax(logits.float(), dim=-1)
         if self._sampler is None:
             log_probs, tokens = log_probs.topk(children, dim=-1)
@@ -217,7 +222,7 @@ class Drafter:
             nodes = nodes if chosen is None else nodes.index_select(0, chosen)
             tokens = self._sampler.draw(logits, children, nodes, depth)
             log_probs = log_probs.gather(-1, tokens)
-        kept = strategy.keeps(log_probs, tree.indices[:children], self._state)
+        kept = strategy.keeps(log_probs, self._ranks, self._state)
         log_probs = offered = log_probs + parent_log_probs[:, None]
         if kept is not None:
             log_probs = log_probs.masked_fill(~kept, -math.inf)
@@ -248,18 +253,17 @@ class Drafter:
         parents = nodes if children == 1 else nodes.div(children, rounding_mode="floor")
         if chosen is not None:
             parents = chosen.index_select(0, parents)
-        tree.extend(
+        return tree.extend(
             parents + level.start, tokens, log_probs, depth, None if dead is None else nodes
         )
 
-    def _expanded(self, level: slice, depth: int) -> tuple[Tensor | None, Tensor]:
-        """Which nodes of `level`, at `depth`, the draft reads.
+    def _expanded(self, log_probs: Tensor, depth: int) -> tuple[Tensor | None, Tensor]:
+        """Which nodes of level `depth` the draft reads; `log_probs` [n] are theirs, cumulative.
 
         Returns:
             [w] indices into the level, None for all of it, and their log-probabilities [w]: minus
             infinity where a node is read only to fill a static shape.
         """
-        log_probs = self._grown.log_probs[level]
         limit = self._limits[depth - 1]
         rule = self.strategy.expands(log_probs, depth, self._state)
         if rule is not None and self._trim:

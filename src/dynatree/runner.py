@@ -83,7 +83,7 @@ class ModelRunner:
             Logits [n, vocabulary] in the model's dtype.
         """
         self.cache.place(slots, mask.shape[-1])
-        mask = mask[None, None]
+        mask = mask.view(1, 1, *mask.shape)
         if self._additive:
             lowest = torch.finfo(self.dtype).min
             mask = torch.zeros_like(mask, dtype=self.dtype).masked_fill_(~mask, lowest)

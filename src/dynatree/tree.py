@@ -59,26 +59,31 @@ class DraftTree:
         log_probs: Tensor,
         depth: int,
         chosen: Tensor | None = None,
-    ) -> None:
+    ) -> tuple[Tensor, Tensor]:
         """Appends the level `depth`.
 
         Args:
             parents: [m] int64.
             tokens, log_probs: int64 and float32 [m], the latter cumulative.
             chosen: [m] int64, which of the then more `tokens` and `log_probs` to take.
+
+        Returns:
+            The level's rows of `tokens` and `log_probs` of the tree.
         """
         level = slice(self.size, self.size + len(parents))
+        own_tokens, own_log_probs = self.tokens[level], self.log_probs[level]
         if chosen is None:
-            self.tokens[level] = tokens
-            self.log_probs[level] = log_probs
+            own_tokens.copy_(tokens)
+            own_log_probs.copy_(log_probs)
         else:
-            torch.index_select(tokens, 0, chosen, out=self.tokens[level])
-            torch.index_select(log_probs, 0, chosen, out=self.log_probs[level])
+            torch.index_select(tokens, 0, chosen, out=own_tokens)
+            torch.index_select(log_probs, 0, chosen, out=own_log_probs)
         self.parents[level] = parents
         self.depths[level].fill_(depth)
         self._attends[level] = self._attends.index_select(0, parents)
         self._own[level].fill_(True)
         self.size = level.stop
+        return own_tokens, own_log_probs
 
     def along(self, tokens: Tensor) -> Tensor:
         """Which nodes lie on the path that spells `tokens` [m]; no node is deeper than m.
@@ -151,17 +156,17 @@ class DraftTree:
         self.size = size
         return nodes
 
-    def columns(self, visible: int, position: Tensor) -> Tensor:
-        """Which column of `attention_mask`'s table each of the first `visible` slots stands for.
+    def columns(self, counted: Tensor, position: Tensor) -> Tensor:
+        """Which column of `attention_mask`'s table each visible slot stands for.
 
         Args:
+            counted: [visible] int64, 1, 2, 3, ...: the slots, made once for all rounds.
             position: [1] int64, the root's slot; node j lies j slots further.
 
         Returns:
             [visible] int64.
         """
-        offsets = torch.arange(1, visible + 1, device=position.device) - position
-        return offsets.clamp_(0, self.capacity + 1)
+        return (counted - position).clamp_(0, self.capacity + 1)
 
     def attention_mask(self, start: int, stop: int, columns: Tensor) -> Tensor:
         """Who the nodes `start .. stop - 1` may attend to.
