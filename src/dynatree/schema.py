@@ -46,7 +46,7 @@ OneOrMore = Annotated[Scalar | list[Scalar], PlainValidator(_one_or_more)]
 class Section(BaseModel):
     """Base of every section: unknown keys and silent type conversions are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 def canonical(data: Any) -> str:
