@@ -170,10 +170,10 @@ def _require_safetensors(folder: Path, key: str) -> None:
     pickled = [path.name for kind in ("*.bin", "*.pt", "*.pth") for path in folder.glob(kind)]
     if pickled and not any(folder.glob("*.safetensors")):
         raise PairError(
-            f"{key}.path: {str(folder)!r} holds its weights as {sorted(pickled)[0]} only, a pickle, "
-            "which can run any code when it is loaded and is never read here; get the model's "
-            "safetensors, or, if you trust it, convert it elsewhere: from_pretrained(folder), then "
-            "save_pretrained(folder)"
+            f"{key}.path: {str(folder)!r} holds its weights as {sorted(pickled)[0]} only, a "
+            "pickle, which can run any code when it is loaded and is never read here; get the "
+            "model's safetensors, or, if you trust it, convert it elsewhere: "
+            "from_pretrained(folder), then save_pretrained(folder)"
         )
 
 
