@@ -47,25 +47,27 @@ def reporting(main: Callable[[], None]) -> None:
     Exits with 1 after a `DynaTreeError` and, as shells expect, with 130 after Ctrl-C and with 143
     after SIGTERM, which schedulers send. Both unwind, so that no temporary file is left.
     """
-    signal.signal(signal.SIGTERM, _terminate)
+    stops: list[int] = []
+
+    def stop(number: int, _: object) -> None:
+        stops.append(number)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, stop)
     try:
         main()
-    except DynaTreeError as error:
+    except BaseException as error:
+        # Asked first, because a library may have made another error of the interrupt.
+        if stops:
+            print(
+                f"stopped by {signal.Signals(stops[0]).name}; files are written whole or not at "
+                "all, so run the same command again",
+                file=sys.stderr,
+            )
+            sys.exit(128 + stops[0])
+        if not isinstance(error, DynaTreeError):
+            raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    except (KeyboardInterrupt, _TerminatedError) as stop:
-        terminated = isinstance(stop, _TerminatedError)
-        print(
-            f"{'terminated' if terminated else 'interrupted'}; files are written whole or not at "
-            "all, so run the same command again",
-            file=sys.stderr,
-        )
-        sys.exit(143 if terminated else 130)
-
-
-class _TerminatedError(BaseException):
-    """SIGTERM; as KeyboardInterrupt, nothing that handles errors catches it."""
-
-
-def _terminate(*_: object) -> None:
-    raise _TerminatedError
