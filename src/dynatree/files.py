@@ -93,3 +93,8 @@ def digest_files(paths: Iterable[Path]) -> str:
 def weights_digest(folder: Path) -> str:
     """SHA-256 (hex) of a model's weights and configuration in `folder`, as a result names them."""
     return digest_files([*folder.glob("*.safetensors"), folder / "config.json"])
+
+
+def short_digest(pair_digest: str) -> str:
+    """The digest of a pair as messages show it: the beginning of each model's, without its hub."""
+    return ":".join(part.rpartition("@")[2][:12] for part in pair_digest.split(":"))
