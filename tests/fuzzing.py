@@ -16,6 +16,7 @@ from dynatree.config import load_config, parse_config
 from dynatree.errors import ConfigError, ResultError
 from dynatree.facts import SEAL, sealed
 from dynatree.results import read_result, write_result
+from dynatree.strategies import MAX_NODES
 
 LIMIT_S = 8.0
 """Processor seconds that one mutant may take."""
@@ -53,7 +54,7 @@ experiments:
 
 @contextmanager
 def limited(what):
-    """An error, not a hang, where a mutant takes `LIMIT_S` of the processor."""
+    """An error, not a hang, where a mutant takes `LIMIT_S` of the processor; errors name it."""
 
     def over(*_):
         raise TimeoutError(f"{what} took more than {LIMIT_S:g} s of the processor")
@@ -62,6 +63,9 @@ def limited(what):
     signal.setitimer(signal.ITIMER_PROF, LIMIT_S)
     try:
         yield
+    except Exception as error:
+        error.add_note(what)
+        raise
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.signal(signal.SIGPROF, before)
@@ -104,7 +108,7 @@ def _use(config):
         assert len(name) <= 64
         strategy = config.run(name).strategy
         assert strategy.describe()
-        assert sum(strategy.widths) <= strategy.max_drafted
+        assert max(strategy.widths, default=0) <= MAX_NODES
         if not config.files(name):
             config.spec(name).canonical()
 
