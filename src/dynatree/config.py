@@ -550,8 +550,8 @@ class _Extent:
             raise ConfigError(f"{origin}: {error}") from None
         if values > MAX_VALUES or levels > MAX_LEVELS:
             raise ConfigError(
-                f"{origin}: stands for {values} values in {levels} levels, more than {MAX_VALUES} "
-                f"or {MAX_LEVELS}; write it without YAML's anchors (&, *), and prompts into a file"
+                f"{origin}: stands for {values} values in {levels} levels; there may be at most "
+                f"{MAX_VALUES} and {MAX_LEVELS}; write it without YAML's anchors (&, *), and prompts into a file"
             )
 
     def _of(self, value: object, level: int) -> tuple[int, int]:
