@@ -551,7 +551,8 @@ class _Extent:
         if values > MAX_VALUES or levels > MAX_LEVELS:
             raise ConfigError(
                 f"{origin}: stands for {values} values in {levels} levels; there may be at most "
-                f"{MAX_VALUES} and {MAX_LEVELS}; write it without YAML's anchors (&, *), and prompts into a file"
+                f"{MAX_VALUES} and {MAX_LEVELS}; write it without YAML's anchors (&, *), and "
+                "prompts into a file"
             )
 
     def _of(self, value: object, level: int) -> tuple[int, int]:
