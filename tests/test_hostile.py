@@ -43,7 +43,7 @@ NAMES = (
 
 def named(kind, name):
     """A study in which a configuration, a pair, an experiment or the like is called `name`."""
-    data = study(Path("/models"), ["Return"], CONFIGS)
+    data = study(Path("/models"), ["Return"], dict(CONFIGS))
     if kind == "pair":
         data["pairs"][name] = data["pairs"]["micro"]
         data["pair"] = name
@@ -70,8 +70,9 @@ KINDS = ("pair", "configuration", "section", "table", "experiment", "workload", 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_name_that_is_no_plain_word_is_refused(kind):
     for name in NAMES:
-        with pytest.raises(ConfigError, match="valid"):
+        with pytest.raises(ConfigError, match="valid") as raised:
             parse_config(named(kind, name))
+        assert all(line.isprintable() for line in str(raised.value).split("\n"))
 
 
 @given(st.sampled_from(KINDS[:5]), st.text(max_size=70))
