@@ -166,6 +166,11 @@ def trees_spec(wildcards):
     return STUDY.trees_spec(wildcards.name).canonical()
 
 
+def all_trees_specs(wildcards):
+    """The same of every configuration that the page shows."""
+    return [STUDY.trees_spec(name).canonical() for name in STUDY.trees.configs]
+
+
 def pair_recipe(wildcards):
     """The recipe of the pair to train, as one string."""
     return canonical(STUDY.pairs[wildcards.pair].recipe.model_dump(mode="json"))

@@ -118,6 +118,7 @@ def test_no_text_reaches_the_shell(micro, tmp_path):  # noqa: F811
     data["pairs"]["micro"]["note"] = HOSTILE
     data["configs"]["tree"]["labels"] = {"forward": HOSTILE}
     data["workloads"]["file"] = {"file": text.name, "count": 1}
+    data["trees"] = {"configs": ["tree"]}
     data["experiments"] = {"files": {"configs": ["tree"], "grid": {"workload": ["file"]}}}
     (project / "config.yaml").write_text(yaml.safe_dump(data))
     config = load_config(project / "config.yaml")
@@ -130,14 +131,15 @@ def test_no_text_reaches_the_shell(micro, tmp_path):  # noqa: F811
     done = command(
         project,
         *(sys.executable, "-m", "snakemake", "--cores", "1", "--keep-going"),
-        *("paper/ablation.tex", "files"),
+        *("paper/manifest.json", "results/trees.html", "files"),
         path=shim.parent,
     )
     assert done.returncode != 0
     calls = [json.loads(path.read_text()) for path in seen.iterdir()]
     # The jobs that need no other, each with its specification as one word.
     scripts = sorted(call[0] for call in calls)
-    assert scripts == ["scripts/certify.py"] + ["scripts/measure.py"] * 3, done.stdout
+    once = ["scripts/certify.py", "scripts/record_trees.py"]
+    assert scripts == sorted([*once, *["scripts/measure.py"] * 3]), done.stdout
     specs = [call[2] for call in calls if call[0] == "scripts/measure.py"]
     by_name = {parse_spec(spec).name: spec for spec in specs}
     assert parse_spec(by_name["tree"]).prompts == [HOSTILE]
