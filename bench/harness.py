@@ -24,6 +24,7 @@ from dynatree.ablation import Estimate
 from dynatree.config import load_config, parse_config
 from dynatree.errors import LosslessError
 from dynatree.estimates import Floats, estimate, geometric_mean, paired_ratios
+from dynatree.facts import sealed
 from dynatree.files import write_text
 from dynatree.measure import first_difference, timed
 from dynatree.pairs import Pair, load_models
@@ -256,7 +257,7 @@ def write(
     text = f"{table}\n{caption}\n"
     name = f"{benchmark}-{spec.pair}-{setting.device.type}-{spec.models.runtime}"
     path = setting.out / name
-    write_text(path.with_suffix(".json"), _json(record) + "\n")
+    write_text(path.with_suffix(".json"), sealed(_json(record)))
     write_text(path.with_suffix(".md"), text)
     print(f"{text}\nwritten to {path}.json and .md")
 

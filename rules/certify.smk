@@ -18,7 +18,7 @@ rule certify:
     resources:
         gpu=1,
     params:
-        spec=STUDY.certificate_spec(STUDY.measured).canonical(),
+        spec=certificate_spec,
     shell:
         "python {input.script} --spec {params.spec:q} --threads {threads} --out {output} "
         "2>&1 | tee {log}"

@@ -66,6 +66,17 @@ def section_figures(section):
     return [f"paper/figures/{section}{kind}.pdf" for kind in kinds]
 
 
+# Functions, since Snakemake takes {word} in a plain string, such as in a prompt, for a wildcard.
+def whole_study(wildcards):
+    """All that the paper depends on, as one string."""
+    return STUDY.canonical()
+
+
+def certificate_spec(wildcards):
+    """All that the certificate depends on, as one string."""
+    return STUDY.certificate_spec(STUDY.measured).canonical()
+
+
 def section_study(wildcards):
     """All that a section of the paper depends on, as one string."""
     return STUDY.section(wildcards.section).canonical()
@@ -153,6 +164,11 @@ def experiment_study(wildcards):
 def trees_spec(wildcards):
     """All that the recorded trees of a configuration depend on, as one string."""
     return STUDY.trees_spec(wildcards.name).canonical()
+
+
+def all_trees_specs(wildcards):
+    """The same of every configuration that the page shows."""
+    return [STUDY.trees_spec(name).canonical() for name in STUDY.trees.configs]
 
 
 def pair_recipe(wildcards):

@@ -153,7 +153,7 @@ rule paper_text:
     conda:
         "../envs/dynatree.yaml"
     params:
-        study=STUDY.canonical(),
+        study=whole_study,
         sections=SECTIONS,
         runs=RUNS,
     shell:
@@ -180,7 +180,7 @@ rule manifest:
     conda:
         "../envs/dynatree.yaml"
     params:
-        study=STUDY.canonical(),
+        study=whole_study,
         sections=SECTIONS,
         runs=RUNS,
     shell:

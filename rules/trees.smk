@@ -42,7 +42,7 @@ rule tree_page:
     conda:
         "../envs/dynatree.yaml"
     params:
-        specs=[STUDY.trees_spec(name).canonical() for name in STUDY.trees.configs],
+        specs=all_trees_specs,
         source_digest=source_digest(PACKAGE / "observe.py"),
     shell:
         "python {input.script} --specs {params.specs:q} --source-digest {params.source_digest} "

@@ -8,6 +8,7 @@ import torch
 from dynatree.certificate import ConfigurationCheck, write_certificate
 from dynatree.certify import certify
 from dynatree.errors import reporting
+from dynatree.files import require_writable
 from dynatree.pairs import load_models
 from dynatree.specs import parse_certificate_spec
 
@@ -20,6 +21,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     spec = parse_certificate_spec(arguments.spec)
+    require_writable(arguments.out)
 
     def progress(check: ConfigurationCheck) -> None:
         print(f"{check.name}: {check.verdict}", flush=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from dynatree.errors import reporting
+from dynatree.files import require_writable
 from dynatree.measure import measure
 from dynatree.pairs import load_models
 from dynatree.results import write_result
@@ -20,6 +21,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     spec = parse_spec(arguments.spec)
+    require_writable(arguments.out)
     passes = spec.measure.warmup + spec.measure.runs
 
     def progress(done: int, planned: int, speed: float) -> None:

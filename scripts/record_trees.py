@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from dynatree.errors import reporting
+from dynatree.files import require_writable
 from dynatree.observe import record_trees
 from dynatree.pairs import load_models
 from dynatree.specs import parse_trees_spec
@@ -20,6 +21,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     spec = parse_trees_spec(arguments.spec)
+    require_writable(arguments.out)
 
     def progress(rounds: int, tokens: int) -> None:
         print(f"{spec.name}: {tokens} tokens in {rounds} rounds", flush=True)

@@ -7,6 +7,7 @@ import torch
 
 from dynatree.embedded.train import train_pair
 from dynatree.errors import reporting
+from dynatree.files import require_writable
 from dynatree.pairs import resolve_device
 from dynatree.recipes import parse_recipe
 
@@ -20,6 +21,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     recipe = parse_recipe(arguments.recipe)
+    require_writable(arguments.out / "training.json")
     train_pair(recipe, arguments.out, resolve_device(arguments.device))
 
 

@@ -2,8 +2,13 @@
 
 import os
 import shutil
+import signal
+from collections import Counter
 
 import pytest
+
+# A shell that starts a command in the background has it ignore Ctrl-C, and its children as well.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
@@ -32,3 +37,19 @@ def pytest_runtest_setup(item):
             if os.environ.get("DYNATREE_REQUIRE_TOOLS") == "1":
                 pytest.fail(reason)
             pytest.skip(reason)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Says how much was injected and mutated by the tests that passed, of all workers."""
+    counts = Counter()
+    for report in terminalreporter.stats.get("passed", []):
+        for name, value in report.user_properties:
+            if name in ("faults injected", "mutants valid", "mutants refused"):
+                counts[name] += value
+    if counts["faults injected"]:
+        terminalreporter.write_line(f"faults injected: {counts['faults injected']}")
+    valid, refused = counts["mutants valid"], counts["mutants refused"]
+    if valid + refused:
+        terminalreporter.write_line(
+            f"mutants: {valid + refused} ({valid} valid, {refused} refused)"
+        )

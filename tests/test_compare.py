@@ -14,6 +14,7 @@ from dynatree.cli import app
 from dynatree.compare import compare_files, compare_runs, unpaired_ratio
 from dynatree.errors import ResultError
 from dynatree.estimates import crossed_ratio
+from dynatree.facts import SEAL, sealed
 from dynatree.results import records_digest, write_result
 
 REFERENCE = Path(__file__).parent.parent / "docs/reference"
@@ -188,7 +189,8 @@ def test_aggregations_are_compared_by_configuration(tmp_path):
 def test_aggregations_of_other_settings_or_strategies(tmp_path):
     kept = json.loads((REFERENCE / "ablation.json").read_text())
     kept["setting"]["max_new_tokens"] = 65
-    (tmp_path / "longer.json").write_text(json.dumps(kept))
+    del kept[SEAL]
+    (tmp_path / "longer.json").write_text(sealed(json.dumps(kept)))
     with pytest.raises(ResultError, match=r"setting\.max_new_tokens: A 64, B 65"):
         compare_files(REFERENCE / "ablation.json", tmp_path / "longer.json")
     # The two sections share one configuration.

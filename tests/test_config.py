@@ -132,6 +132,15 @@ def test_threshold_one_is_refused_with_the_explanation(data):
             {"dynatree": {"prune_threshold": 2}},
             r"pairs\.embedded\.strategies\.dynatree\.prune_threshold: must lie",
         ),
+        ("configs.dynatree_adaptive.depth_gain", float("inf"), r"depth_gain: .*finite"),
+        ("measure.seed", 2**63, r"whole number lies beyond"),
+        ("experiments.main.grid", {"depth": [1] * 101, "runs": [1] * 100}, r"10100 points is more"),
+        (
+            "measure.workload",
+            [[[]]] * 99_999,
+            r"stands for \d+ values in \d levels; .* at most 200000 and 32",
+        ),
+        ("tables", {f"t{at}": 1 for at in range(60)}, r"and 20 more"),
         ("pairs.embedded.recipe.context", 64, r"pairs\.embedded\.recipe: context 64 is shorter"),
     ],
 )
@@ -148,7 +157,9 @@ def test_duplicate_keys_are_refused(tmp_path):
         dynatree.load_config(path)
 
 
-@pytest.mark.parametrize("text", ["", "- 1", "a: [", "? [1]\n: 2", "\x00", "&a {b: *a}"])
+@pytest.mark.parametrize(
+    "text", ["", "- 1", "a: [", "? [1]\n: 2", "\x00", "&a {b: *a}", "a: !!bool x"]
+)
 def test_what_is_no_configuration_gives_one_clear_error(tmp_path, text):
     path = tmp_path / "config.yaml"
     path.write_text(text)

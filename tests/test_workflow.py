@@ -72,10 +72,8 @@ def append(path, text):
     path.write_text(path.read_text() + text)
 
 
-@pytest.fixture(scope="session")
-def first(tmp_path_factory):
-    """A copy of the project that was run to the end once, and what that run printed."""
-    folder = tmp_path_factory.mktemp("first") / "project"
+def copy_project(folder):
+    """A copy of what the pipeline is made of, with the configuration of the micro pair."""
     for name in ("rules", "scripts", "src", "profiles", "envs", "paper/templates"):
         shutil.copytree(
             PROJECT / name,
@@ -85,6 +83,13 @@ def first(tmp_path_factory):
     for name in ("Snakefile", "paper/main.tex", "paper/references.bib"):
         shutil.copy2(PROJECT / name, folder / name)
     shutil.copy2(PROJECT / "tests/micro.yaml", folder / "config.yaml")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def first(tmp_path_factory):
+    """A copy of the project that was run to the end once, and what that run printed."""
+    folder = copy_project(tmp_path_factory.mktemp("first") / "project")
     where = command(folder, "python", "-c", "import dynatree; print(dynatree.__file__)").stdout
     assert where.strip() == str(folder / "src/dynatree/__init__.py")
     # One thread each: only `gpu` is left to keep two jobs from running side by side.

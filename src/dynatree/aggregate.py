@@ -52,6 +52,7 @@ from dynatree.errors import ResultError
 from dynatree.estimates import Floats, estimate, geometric_mean, median, paired_ratios
 from dynatree.experiments import Experiment, PointFacts
 from dynatree.facts import first_problem
+from dynatree.files import short_digest
 from dynatree.recipes import Transformer
 from dynatree.results import Method, RunResult, read_result
 from dynatree.specs import Models, ModelSource, RunSpec, Spec
@@ -413,8 +414,9 @@ def _same_weights(results: dict[str, RunResult], paths: dict[str, Path]) -> None
         if result.pair_digest != results[newest].pair_digest:
             raise ResultError(
                 f"{paths[name]}: measured with other model weights (pair digest "
-                f"{result.pair_digest[:12]}) than the newer {paths[newest]} "
-                f"({results[newest].pair_digest[:12]}); remove it and run: snakemake {paths[name]}"
+                f"{short_digest(result.pair_digest)}) than the newer {paths[newest]} "
+                f"({short_digest(results[newest].pair_digest)}); remove it and run: snakemake "
+                f"{paths[name]}"
             )
 
 

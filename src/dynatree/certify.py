@@ -8,7 +8,6 @@ outcome is a field of `ConfigurationCheck`.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from itertools import cycle
 
 import torch
@@ -33,6 +32,7 @@ from dynatree.certificate import (
     explained,
     noise_limit,
 )
+from dynatree.clock import Timespan
 from dynatree.decode import Decoder
 from dynatree.measure import first_difference
 from dynatree.pairs import Pair
@@ -86,7 +86,7 @@ def certify(spec: CertificateSpec, pair: Pair, progress: Progress = lambda _: No
         DecodeError: a prompt that does not fit, or logits that hold a NaN.
         WorkloadError: the prompts cannot be had.
     """
-    started = datetime.now(UTC)
+    span = Timespan()
     exact = spec.models.dtype == "float32"
     cases = _cases(spec, pair, exact)
     checks = []
@@ -103,8 +103,8 @@ def certify(spec: CertificateSpec, pair: Pair, progress: Progress = lambda _: No
         pair_digest=pair.digest,
         configurations=checks,
         provenance={"models": pair.facts, **provenance(pair.target.device, seed=0)},
-        started=started,
-        finished=datetime.now(UTC),
+        started=span.started,
+        finished=span.now,
     )
 
 

@@ -1,9 +1,49 @@
-"""Time per phase of decoding, on the host for CPU and on the device's own clock for CUDA."""
+"""Time per phase of decoding, on the host for CPU and on the device's own clock for CUDA.
+
+Durations are differences of the monotonic clock, which no correction of the time of day moves.
+"""
 
 import time
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import torch
+
+from dynatree.errors import ClockError
+
+
+def seconds_since(begin: float) -> float:
+    """Seconds since `time.perf_counter()` was `begin`, more than 0.
+
+    Raises:
+        ClockError: the clock has not gone forward.
+    """
+    return _forward(time.perf_counter() - begin)
+
+
+def _forward(seconds: float) -> float:
+    if not seconds > 0:
+        raise ClockError(
+            f"the monotonic clock moved by {seconds:g} seconds where it must go forward; what was "
+            "timed is void and nothing was written. Check the clock source "
+            "(/sys/devices/system/clocksource/clocksource0/current_clocksource; on a virtual "
+            "machine, its host's), then run the same command again"
+        )
+    return seconds
+
+
+class Timespan:
+    """When a job began and ended: the time of day at the beginning, and from there on monotonic."""
+
+    def __init__(self) -> None:
+        self.started = datetime.now(UTC)
+        self._begin = time.perf_counter()
+
+    @property
+    def now(self) -> datetime:
+        """After `started`, even if the time of day was set back since; raises as
+        `seconds_since`."""
+        return self.started + timedelta(seconds=seconds_since(self._begin))
 
 
 class PhaseClock:
@@ -39,5 +79,7 @@ class PhaseClock:
             self._marks[-1][1].synchronize()
         for (_, begin), (phase, end) in zip(self._marks, self._marks[1:], strict=False):
             span = begin.elapsed_time(end) / 1e3 if self._cuda else end - begin
+            if span < 0:
+                _forward(span)
             totals[phase] = totals.get(phase, 0.0) + span
         return totals

@@ -12,7 +12,7 @@ from dynatree.certificate import read_certificate
 from dynatree.config import Config
 from dynatree.differences import differences
 from dynatree.errors import ResultError
-from dynatree.files import weights_digest
+from dynatree.files import short_digest, weights_digest
 from dynatree.results import read_result
 from dynatree.sources import PACKAGE, source_digest
 
@@ -100,7 +100,9 @@ def committed(config: Config, folder: Path, pairs: Path) -> Committed:
     )
     for what, groups in (("by different code", codes), ("with different weights", weights)):
         if len(groups) > 1:
-            parts = "; ".join(f"{digest[:12]}: {_listed(who)}" for digest, who in groups.items())
+            parts = "; ".join(
+                f"{short_digest(digest)}: {_listed(who)}" for digest, who in groups.items()
+            )
             problems.append(f"measured {what} ({parts})")
     if problems:
         raise ResultError(

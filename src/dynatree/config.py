@@ -5,11 +5,12 @@ There is no second schema. `load_config` either returns a `Config` that can be r
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Final, Self
 
 import yaml
 from pydantic import Field, PrivateAttr, TypeAdapter, ValidationError, model_validator
@@ -38,6 +39,22 @@ ExperimentName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,31}$")]
 TEXTS = ("numbers", "prose", "tables")
 """Parts of the paper that are made from all sections; each has a template of its name. No section
 may be called as one of them, nor as `main`, which includes them."""
+
+
+MAX_POINTS: Final = 10_000
+"""Points of one grid: each is a job."""
+
+MAX_VALUES: Final = 200_000
+"""Keys and values of a configuration, those that an anchor repeats counted each time."""
+
+MAX_LEVELS: Final = 32
+"""Levels of a configuration; what is nested deeper is no configuration."""
+
+MAX_INTEGER: Final = 2**63 - 1
+"""Largest whole number, as a seed of torch."""
+
+MAX_PROBLEMS: Final = 40
+"""Problems that one message lists before it counts the rest."""
 
 
 class Certification(Section):
@@ -84,11 +101,21 @@ class Experiment(Section):
         return data
 
     def combinations(self) -> list[tuple[dict[str, Scalar], dict[str, Scalar]]]:
-        """For each point of the grids: its values on the axes, and the values of all points."""
+        """For each point of the grids: its values on the axes, and the values of all points.
+
+        Raises:
+            ValueError: a grid is beyond all measure.
+        """
         found = []
         for grid in self.grid:
             single = {key: value for key, value in grid.items() if not isinstance(value, list)}
             axes = {key: value for key, value in grid.items() if isinstance(value, list)}
+            points = math.prod(map(len, axes.values()))
+            if points > MAX_POINTS:
+                raise ValueError(
+                    f"a grid of {points} points is more than {MAX_POINTS}; make several "
+                    "experiments of it, or drop values"
+                )
             found += [
                 (dict(zip(axes, values, strict=True)), single) for values in product(*axes.values())
             ]
@@ -280,7 +307,12 @@ class Config(Section):
             named.setdefault(same.digest, config)
         for name, experiment in self.experiments.items():
             points: dict[str, Point] = {}
-            for row, (values, single) in product(experiment.configs, experiment.combinations()):
+            try:
+                combinations = experiment.combinations()
+            except ValueError as error:
+                problems.append(f"experiments.{name}.grid: {error}")
+                continue
+            for row, (values, single) in product(experiment.configs, combinations):
                 for config in self.candidates(row):
                     parts = [config] if len(experiment.configs) > 1 or row in self.sweeps else []
                     parts += [_part(key, value) for key, value in values.items()]
@@ -488,11 +520,62 @@ def parse_config(data: Any, origin: str = "config") -> Config:
             f"{origin}: expected a mapping with the keys {', '.join(Config.model_fields)}, "
             f"got {type(data).__name__}"
         )
+    _Extent().require(data, origin)
     try:
         return Config.model_validate(dict(data))
     except ValidationError as error:
         lines = problem_lines(error)
+    more = len(lines) - MAX_PROBLEMS
+    if more > 0:
+        lines[MAX_PROBLEMS:] = [f"and {more} more"]
     raise ConfigError(f"{origin} is not valid:\n" + "\n".join(f"  {line}" for line in lines))
+
+
+class _Extent:
+    """How many values parsed YAML stands for and how deep they lie, whatever its anchors share.
+
+    A few lines can stand for more values than memory holds, or contain themselves; each part is
+    looked at once, however often it is repeated.
+    """
+
+    def __init__(self) -> None:
+        # By identity: number of values, levels; None while the part is being looked at.
+        self._known: dict[int, tuple[int, int] | None] = {}
+
+    def require(self, data: object, origin: str) -> None:
+        """Raises ConfigError unless `data` is of a size that a configuration can have."""
+        try:
+            values, levels = self._of(data, 1)
+        except ValueError as error:
+            raise ConfigError(f"{origin}: {error}") from None
+        if values > MAX_VALUES or levels > MAX_LEVELS:
+            raise ConfigError(
+                f"{origin}: stands for {values} values in {levels} levels; there may be at most "
+                f"{MAX_VALUES} and {MAX_LEVELS}; write it without YAML's anchors (&, *), and "
+                "prompts into a file"
+            )
+
+    def _of(self, value: object, level: int) -> tuple[int, int]:
+        if isinstance(value, int) and abs(value) > MAX_INTEGER:
+            raise ValueError(f"a whole number lies beyond {MAX_INTEGER}; use a smaller one")
+        if not isinstance(value, Mapping | list | tuple | set):
+            return 1, 1
+        if level > MAX_LEVELS:
+            raise ValueError(f"is nested in more than {MAX_LEVELS} levels; flatten it")
+        if id(value) in self._known:
+            known = self._known[id(value)]
+            if known is None:
+                raise ValueError("contains itself by an anchor; write it out")
+            return known
+        self._known[id(value)] = None
+        parts = [*value.keys(), *value.values()] if isinstance(value, Mapping) else value
+        found = [self._of(part, level + 1) for part in parts]
+        extent = (
+            1 + sum(values for values, _ in found),
+            1 + max((levels for _, levels in found), default=0),
+        )
+        self._known[id(value)] = extent
+        return extent
 
 
 def load_config(path: str | Path = "config.yaml") -> Config:
@@ -510,8 +593,12 @@ def load_config(path: str | Path = "config.yaml") -> Config:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     try:
         data = yaml.load(text, _UniqueKeyLoader)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    except Exception as error:
+        # With explicit tags, such as !!bool x, PyYAML raises whatever its own code trips over.
+        reason = error if isinstance(error, yaml.YAMLError | ValueError) else type(error).__name__
+        raise ConfigError(
+            f"{path} is not valid YAML: {reason}; compare it with the config.yaml of the repository"
+        ) from None
     return parse_config(data, str(path))
 
 

@@ -1,5 +1,6 @@
 """Errors that a user can act on. The message names the thing, the bad value and the fix."""
 
+import signal
 import sys
 from collections.abc import Callable
 
@@ -20,6 +21,14 @@ class WorkloadError(DynaTreeError):
     """The text of a workload cannot be had, or holds too little."""
 
 
+class FileError(DynaTreeError, OSError):
+    """A file cannot be written: no space, no permission, or no folder."""
+
+
+class ClockError(DynaTreeError):
+    """A clock that must only go forward did not, so what it timed is void."""
+
+
 class DecodeError(DynaTreeError, ValueError):
     """A prompt, a length or a model output that decoding cannot go on with."""
 
@@ -35,13 +44,30 @@ class LosslessError(DynaTreeError):
 def reporting(main: Callable[[], None]) -> None:
     """Runs a script's `main`; what the user can act on is shown without a traceback.
 
-    Exits with 1 after a `DynaTreeError` and with 130, as shells expect, after Ctrl-C.
+    Exits with 1 after a `DynaTreeError` and, as shells expect, with 130 after Ctrl-C and with 143
+    after SIGTERM, which schedulers send. Both unwind, so that no temporary file is left.
     """
+    stops: list[int] = []
+
+    def stop(number: int, _: object) -> None:
+        stops.append(number)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, stop)
     try:
         main()
-    except DynaTreeError as error:
+    except BaseException as error:
+        # Asked first, because a library may have made another error of the interrupt.
+        if stops:
+            print(
+                f"stopped by {signal.Signals(stops[0]).name}; files are written whole or not at "
+                "all, so run the same command again",
+                file=sys.stderr,
+            )
+            sys.exit(128 + stops[0])
+        if not isinstance(error, DynaTreeError):
+            raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        sys.exit(130)

@@ -10,13 +10,13 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
 from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from dynatree.clock import Timespan, seconds_since
 from dynatree.decode import Decoder, Generation
 from dynatree.errors import LosslessError
 from dynatree.pairs import Pair
@@ -53,11 +53,12 @@ def measure(spec: RunSpec, pair: Pair, progress: Progress = lambda *_: None) -> 
         progress: told after every generation.
 
     Raises:
+        ClockError: a clock went backwards.
         LosslessError: in float32 an output differs from autoregressive decoding.
         DecodeError: a prompt that does not fit, or logits that hold a NaN.
         WorkloadError: the prompts cannot be had.
     """
-    started = datetime.now(UTC)
+    span = Timespan()
     settings = spec.measure
     prompts = encode_prompts(spec, pair)
     longest = max(len(prompt) for prompt in prompts) + settings.max_new_tokens
@@ -120,8 +121,8 @@ def measure(spec: RunSpec, pair: Pair, progress: Progress = lambda *_: None) -> 
         totals=totals([record for record in records if record.method == "strategy"]),
         peak_memory_bytes=peak_memory_bytes(pair.target.device),
         provenance={"models": pair.facts, **provenance(pair.target.device, settings.seed)},
-        started=started,
-        finished=datetime.now(UTC),
+        started=span.started,
+        finished=span.now,
     )
 
 
@@ -179,7 +180,7 @@ def timed(call: Callable[[], Outcome], device: torch.device) -> tuple[Outcome, f
         begin = time.perf_counter()
         outcome = call()
         _wait(device)
-        return outcome, time.perf_counter() - begin
+        return outcome, seconds_since(begin)
     finally:
         gc.enable()
 

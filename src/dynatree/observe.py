@@ -1,13 +1,13 @@
 """Watching the decode loop: what every round drafted, what it left out and what it accepted."""
 
 from collections.abc import Callable
-from datetime import UTC, datetime
 from typing import Protocol
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dynatree.accept import Accepted
+from dynatree.clock import Timespan
 from dynatree.decode import Decoder
 from dynatree.pairs import Pair
 from dynatree.provenance import provenance
@@ -176,7 +176,7 @@ def record_trees(spec: TreesSpec, pair: Pair, progress: Progress = lambda *_: No
     Raises:
         DecodeError: a prompt that does not fit, or logits that hold a NaN.
     """
-    started = datetime.now(UTC)
+    span = Timespan()
     prompts = encode_prompts(spec, pair)
     longest = max(len(prompt) for prompt in prompts) + spec.max_new_tokens
     runtime = Runtime("eager", pair.target.device, static=False)
@@ -193,8 +193,8 @@ def record_trees(spec: TreesSpec, pair: Pair, progress: Progress = lambda *_: No
         vocabulary={token: _text(pair.tokenizer, [token]) for token in sorted(occurring(recorded))},
         prompts=recorded,
         provenance={"models": pair.facts, **provenance(pair.target.device, seed=0)},
-        started=started,
-        finished=datetime.now(UTC),
+        started=span.started,
+        finished=span.now,
     )
 
 

@@ -67,9 +67,11 @@ def load_models(name: str, models: Models) -> Pair:
     Only safetensors are read and no code from a model repository is ever run.
 
     Raises:
-        PairError: a model cannot be had, or the two do not share a vocabulary.
+        PairError: a model cannot be had or changed meanwhile, or the two do not share a
+            vocabulary.
     """
     target_source, draft_source = sources(name, models)
+    before = _stamps(target_source, draft_source)
     device = resolve_device(models.device)
     dtype = getattr(torch, models.dtype)
     target = _load_model(target_source, f"pairs.{name}.target", dtype).to(device)
@@ -79,6 +81,12 @@ def load_models(name: str, models: Models) -> Pair:
         name, target, draft, tokenizer, _load_tokenizer(draft_source, f"pairs.{name}.draft")
     )
     identities = [_identity(target_source, target), _identity(draft_source, draft)]
+    changed = sorted(file for file, _ in _stamps(target_source, draft_source) ^ before)
+    if changed:
+        raise PairError(
+            f"pairs.{name}: {changed[0]} was written while it was loaded, so what was loaded has "
+            "no digest; wait until the models are complete, then run the same command again"
+        )
     return Pair(
         target=target.eval(),
         draft=draft.eval(),
@@ -131,6 +139,8 @@ def _from_hub_format(kind: Any, source: ModelSource, key: str, **options: Any) -
         raise PairError(
             f"{key}.path: no directory {source.path!r}; give the folder that holds config.json"
         )
+    if source.path is not None:
+        _require_safetensors(Path(source.path), key)
     where: dict[str, Any] = (
         {"local_files_only": True} if source.path is not None else {"revision": source.revision}
     )
@@ -154,6 +164,29 @@ def _from_hub_format(kind: Any, source: ModelSource, key: str, **options: Any) -
         raise PairError(
             f"{key}: {source.path or source.hub!r} is damaged: {error}; fetch it again"
         ) from error
+
+
+def _require_safetensors(folder: Path, key: str) -> None:
+    pickled = [path.name for kind in ("*.bin", "*.pt", "*.pth") for path in folder.glob(kind)]
+    if pickled and not any(folder.glob("*.safetensors")):
+        raise PairError(
+            f"{key}.path: {str(folder)!r} holds its weights as {sorted(pickled)[0]} only, a "
+            "pickle, which can run any code when it is loaded and is never read here; get the "
+            "model's safetensors, or, if you trust it, convert it elsewhere: "
+            "from_pretrained(folder), then save_pretrained(folder)"
+        )
+
+
+def _stamps(*sources: ModelSource) -> set[tuple[str, tuple[int, int, int]]]:
+    """The files of local models, each with what changes when it is written."""
+    return {
+        (str(path), (stat.st_mtime_ns, stat.st_size, stat.st_ino))
+        for source in sources
+        if source.path is not None
+        for kind in ("*.safetensors", "*.json")
+        for path in Path(source.path).glob(kind)
+        for stat in [path.stat()]
+    }
 
 
 def _check_vocabularies(

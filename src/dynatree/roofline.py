@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
 from dynatree.ablation import Estimate
 from dynatree.errors import ResultError
 from dynatree.estimates import estimate, median
-from dynatree.facts import first_problem
+from dynatree.facts import first_problem, opened
 from dynatree.points import Point
 
 
@@ -70,10 +70,12 @@ def read_roofline(path: Path) -> Roofline:
         ResultError: the file is missing, or holds something else.
     """
     try:
-        return Roofline.model_validate_json(path.read_bytes())
+        entries, broken = opened(path.read_bytes())
+        roofline = Roofline.model_validate(entries)
     except OSError as error:
         raise ResultError(f"{path}: cannot be read: {error}; run: bench/roofline.py") from None
-    except ValidationError as error:
-        raise ResultError(
-            f"{path}: not a record of bench/roofline.py ({first_problem(error)}); run it again"
-        ) from None
+    except ValueError as error:
+        broken = first_problem(error)
+    if broken is not None:
+        raise ResultError(f"{path}: not a record of bench/roofline.py ({broken}); run it again")
+    return roofline

@@ -46,7 +46,7 @@ OneOrMore = Annotated[Scalar | list[Scalar], PlainValidator(_one_or_more)]
 class Section(BaseModel):
     """Base of every section: unknown keys and silent type conversions are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 def canonical(data: Any) -> str:
@@ -99,7 +99,8 @@ def problem_lines(error: ValidationError, prefix: str = "") -> list[str]:
             loc = loc[:2] + loc[4:]
         elif loc[:1] and loc[0] in _TAGS:
             loc = loc[1:]
-        parts = [str(part) for part in loc]
+        # A key may hold anything: line breaks, what moves a terminal's cursor, half a character.
+        parts = [text if (text := str(part)).isprintable() else ascii(text)[1:-1] for part in loc]
         path = ".".join([prefix, *parts] if prefix else parts)
         value = item.get("input")
         shown = "" if isinstance(value, Mapping) else f", got {short(value)}"

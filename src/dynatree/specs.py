@@ -54,7 +54,7 @@ class Models(Section):
     draft: ModelSource | None = None
     recipe: Recipe | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")] = "auto"
     runtime: RuntimeMode = "auto"
 
     @model_validator(mode="after")

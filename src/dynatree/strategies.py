@@ -28,7 +28,7 @@ MAX_NODES = 4096
 class StrategyBase(BaseModel):
     """A growth rule. Subclasses fix the shape; the drafter reads nothing but this interface."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     if TYPE_CHECKING:
         # Every subclass says it, as a property or as a field, which may not shadow a property.
