@@ -69,7 +69,8 @@ def fitting(
     except (MemoryError, RuntimeError) as error:
         if not ran_out(error):
             raise
-        raise DeviceError(f"{message} ({str(error).strip().splitlines()[0]})") from error
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DeviceError(f"{message} ({first})") from error
 
 
 def ran_out(error: BaseException) -> bool:
