@@ -50,7 +50,9 @@ else:
 TREES = [f"results/trees/{STUDY.pair}/{name}.json" for name in STUDY.trees.configs]
 
 # Jobs that share the host's GPUs share its cores as well.
-GPUS = workflow.global_resources["gpu"].value if "gpu" in workflow.global_resources else 1
+GPUS = (
+    workflow.global_resources["gpu"].value if "gpu" in workflow.global_resources else 1
+)
 JOB_THREADS = max(1, workflow.cores // max(1, GPUS))
 
 
