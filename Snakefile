@@ -12,18 +12,22 @@ configfile: "config.yaml"
 include: "rules/common.smk"
 
 
-if not TAKEN:
+if not (TAKEN or MARKED):
 
     include: "rules/pairs.smk"
     include: "rules/measure.smk"
-    include: "rules/certify.smk"
     include: "rules/trees.smk"
+
+
+if CERTIFYING_REST or not (TAKEN or MARKED):
+
+    include: "rules/certify.smk"
 
 
 include: "rules/paper.smk"
 
 
-if not TAKEN:
+if not (TAKEN or MARKED):
 
     include: "rules/experiments.smk"
 

@@ -6,11 +6,20 @@ from dynatree.ablation import BACKWARD
 from dynatree.committed import committed
 from dynatree.config import TEXTS, load_config, parse_config
 from dynatree.errors import ConfigError, ResultError
+from dynatree.failures import failure_path
 from dynatree.schema import canonical
 from dynatree.sources import PACKAGE, imported_sources, source_digest
 
 # `--config results=<folder>` takes results from there, and nothing is measured here.
 TAKEN = config.pop("results", None)
+
+# `--config missing=mark` measures nothing either: tables of the results that are here, in which the
+# rows of the others are marked as missing, with the reason.
+MARKED = config.pop("missing", None)
+if MARKED not in (None, "mark") or (MARKED and TAKEN):
+    raise WorkflowError(
+        f"--config missing={MARKED}: give missing=mark, without results=, or leave it out"
+    )
 
 try:
     # Snakemake reads YAML without noticing a key that is given twice.
@@ -40,6 +49,12 @@ else:
     CERTIFIED_BY = source_digest(PACKAGE / "certify.py")
 TREES = [f"results/trees/{STUDY.pair}/{name}.json" for name in STUDY.trees.configs]
 
+# Jobs that share the host's GPUs share its cores as well.
+GPUS = (
+    workflow.global_resources["gpu"].value if "gpu" in workflow.global_resources else 1
+)
+JOB_THREADS = max(1, workflow.cores // max(1, GPUS))
+
 
 wildcard_constraints:
     section="|".join(SECTIONS),
@@ -51,9 +66,26 @@ def run_files(names):
     return [f"{RUNS}/{STUDY.pair}/{name}.json" for name in dict.fromkeys(names)]
 
 
+# What the certificate is to be about. It is made for what is there, where none is to be measured.
+CERTIFIED = [
+    name
+    for name, file in zip(STUDY.measured, run_files(STUDY.measured))
+    if not MARKED or Path(file).is_file()
+]
+CERTIFYING_REST = bool(MARKED and CERTIFIED and not Path(CERTIFICATE).is_file())
+
+
 def section_runs(section):
-    """The results that the tables of a section need, the certificate among them."""
-    return [CERTIFICATE, *run_files(STUDY.section(section).measured)]
+    """The results that the tables of a section need, the certificate among them; where missing
+    ones are marked, those that are there, and why the others are not."""
+    runs = [Path(file) for file in run_files(STUDY.section(section).measured)]
+    if not MARKED:
+        return [CERTIFICATE, *map(str, runs)]
+    found = [run if run.is_file() else failure_path(run) for run in runs]
+    certificate = [CERTIFICATE] if CERTIFYING_REST else []
+    return certificate + [
+        str(path) for path in [Path(CERTIFICATE), *found] if path.is_file()
+    ]
 
 
 ALL_RUNS = sorted({run for section in SECTIONS for run in section_runs(section)})
@@ -74,7 +106,7 @@ def whole_study(wildcards):
 
 def certificate_spec(wildcards):
     """All that the certificate depends on, as one string."""
-    return STUDY.certificate_spec(STUDY.measured).canonical()
+    return STUDY.certificate_spec(CERTIFIED).canonical()
 
 
 def section_study(wildcards):

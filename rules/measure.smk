@@ -14,11 +14,12 @@ rule measure:
         "results/logs/measure/{pair}/{name}.log",
     conda:
         "../envs/dynatree.yaml"
-    threads: workflow.cores
+    threads: JOB_THREADS
     resources:
         gpu=1,
+        busy=STUDY.devices.busy,
     params:
         spec=run_spec,
     shell:
-        "python {input.script} --spec {params.spec:q} --threads {threads} --out {output} "
-        "2>&1 | tee {log}"
+        "python {input.script} --spec {params.spec:q} --threads {threads} "
+        "--busy {resources.busy} --out {output} 2>&1 | tee {log}"

@@ -13,12 +13,13 @@ rule train_pair:
         "results/logs/train_pair/{pair}.log",
     conda:
         "../envs/dynatree.yaml"
-    threads: workflow.cores
+    threads: JOB_THREADS
     resources:
         gpu=1,
+        busy=STUDY.devices.busy,
     params:
         recipe=pair_recipe,
         device=pair_device,
     shell:
         "python {input.script} --recipe {params.recipe:q} --device {params.device} "
-        "--threads {threads} --out results/pairs/{wildcards.pair} 2>&1 | tee {log}"
+        "--threads {threads} --busy {resources.busy} --out results/pairs/{wildcards.pair} 2>&1 | tee {log}"

@@ -31,10 +31,12 @@ rule aggregate:
         certificate=CERTIFICATE,
         certifying_digest=CERTIFIED_BY,
         runs=RUNS,
+        missing="mark" if MARKED else "refuse",
     shell:
         "python {input.script} --config {params.study:q} --source-digest {params.source_digest} "
         "--certificate {params.certificate} --certifying-digest {params.certifying_digest} "
-        "--results {params.runs} --json {output.json} --csv {output.csv} 2>&1 | tee {log}"
+        "--results {params.runs} --missing {params.missing} --json {output.json} "
+        "--csv {output.csv} 2>&1 | tee {log}"
 
 
 rule section_text:

@@ -14,14 +14,15 @@ rule record_trees:
         "results/logs/record_trees/{pair}/{name}.log",
     conda:
         "../envs/dynatree.yaml"
-    threads: workflow.cores
+    threads: JOB_THREADS
     resources:
         gpu=1,
+        busy=STUDY.devices.busy,
     params:
         spec=trees_spec,
     shell:
-        "python {input.script} --spec {params.spec:q} --threads {threads} --out {output} "
-        "2>&1 | tee {log}"
+        "python {input.script} --spec {params.spec:q} --threads {threads} "
+        "--busy {resources.busy} --out {output} 2>&1 | tee {log}"
 
 
 # Repeats all specifications, as the aggregation does: an old page can never pass for a current one.

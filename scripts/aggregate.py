@@ -20,12 +20,16 @@ def main() -> None:
     parser.add_argument("--certificate", required=True, type=Path)
     parser.add_argument("--certifying-digest", required=True, help="digest of the certifying code")
     parser.add_argument("--results", required=True, type=Path)
+    parser.add_argument(
+        "--missing", choices=("refuse", "mark"), default="refuse", help="what has no result"
+    )
     parser.add_argument("--json", required=True, type=Path)
     parser.add_argument("--csv", required=True, type=Path)
     arguments = parser.parse_args()
     config = parse_config(arguments.config)
     certificate = (arguments.certificate, arguments.certifying_digest)
-    ablation = aggregate(config, arguments.results, arguments.source_digest, certificate)
+    mark = arguments.missing == "mark"
+    ablation = aggregate(config, arguments.results, arguments.source_digest, certificate, mark)
     write_text(arguments.csv, to_csv(ablation))
     write_ablation(arguments.json, ablation)
     print(f"{len(ablation.configurations)} configurations aggregated into {arguments.json}")

@@ -2,14 +2,12 @@
 
 import argparse
 from pathlib import Path
-
-import torch
+from typing import get_args
 
 from dynatree.certificate import ConfigurationCheck, write_certificate
-from dynatree.certify import certify
+from dynatree.devices import Busy, cores, taken
 from dynatree.errors import reporting
 from dynatree.files import require_writable
-from dynatree.pairs import load_models
 from dynatree.specs import parse_certificate_spec
 
 
@@ -17,17 +15,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--spec", required=True, help="the certificate's specification as JSON")
     parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, default=len(cores()))
+    parser.add_argument("--busy", choices=get_args(Busy), default="wait")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
     spec = parse_certificate_spec(arguments.spec)
     require_writable(arguments.out)
 
     def progress(check: ConfigurationCheck) -> None:
         print(f"{check.name}: {check.verdict}", flush=True)
 
-    certificate = certify(spec, load_models(spec.pair, spec.models), progress)
-    write_certificate(arguments.out, certificate)
+    with taken(spec.models.device, arguments.threads, "certify", arguments.busy):
+        # Only now: what loads models also looks for GPUs.
+        import torch
+
+        from dynatree.certify import certify
+        from dynatree.memory import fitting
+        from dynatree.pairs import load_models
+
+        torch.set_num_threads(arguments.threads)
+        # One configuration after the other.
+        largest = max(spec.strategies.values(), key=lambda strategy: strategy.max_drafted)
+        with fitting("certify", spec.pair, spec.models, [largest], spec.max_new_tokens):
+            certificate = certify(spec, load_models(spec.pair, spec.models), progress)
+        write_certificate(arguments.out, certificate)
     certificate.require()
     print(f"lossless; certificate written to {arguments.out}")
 

@@ -2,13 +2,11 @@
 
 import argparse
 from pathlib import Path
+from typing import get_args
 
-import torch
-
+from dynatree.devices import Busy, cores, taken
 from dynatree.errors import reporting
 from dynatree.files import require_writable
-from dynatree.observe import record_trees
-from dynatree.pairs import load_models
 from dynatree.specs import parse_trees_spec
 from dynatree.tree_record import write_record
 
@@ -17,17 +15,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--spec", required=True, help="what to record, as JSON")
     parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, default=len(cores()))
+    parser.add_argument("--busy", choices=get_args(Busy), default="wait")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
     spec = parse_trees_spec(arguments.spec)
     require_writable(arguments.out)
 
     def progress(rounds: int, tokens: int) -> None:
         print(f"{spec.name}: {tokens} tokens in {rounds} rounds", flush=True)
 
-    record = record_trees(spec, load_models(spec.pair, spec.models), progress)
-    write_record(arguments.out, record)
+    what = f"record the trees of {spec.name}"
+    with taken(spec.models.device, arguments.threads, what, arguments.busy):
+        # Only now: what loads models also looks for GPUs.
+        import torch
+
+        from dynatree.memory import fitting
+        from dynatree.observe import record_trees
+        from dynatree.pairs import load_models
+
+        torch.set_num_threads(arguments.threads)
+        with fitting(what, spec.pair, spec.models, [spec.strategy], spec.max_new_tokens):
+            record = record_trees(spec, load_models(spec.pair, spec.models), progress)
+        write_record(arguments.out, record)
     print(f"trees written to {arguments.out}")
 
 

@@ -2,13 +2,11 @@
 
 import argparse
 from pathlib import Path
+from typing import get_args
 
-import torch
-
-from dynatree.embedded.train import train_pair
+from dynatree.devices import Busy, cores, taken
 from dynatree.errors import reporting
 from dynatree.files import require_writable
-from dynatree.pairs import resolve_device
 from dynatree.recipes import parse_recipe
 
 
@@ -17,12 +15,21 @@ def main() -> None:
     parser.add_argument("--recipe", required=True, help="the recipe as JSON")
     parser.add_argument("--out", required=True, type=Path, help="folder for target/ and draft/")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, default=len(cores()))
+    parser.add_argument("--busy", choices=get_args(Busy), default="wait")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
     recipe = parse_recipe(arguments.recipe)
     require_writable(arguments.out / "training.json")
-    train_pair(recipe, arguments.out, resolve_device(arguments.device))
+    what = f"train {arguments.out.name}"
+    with taken(arguments.device, arguments.threads, what, arguments.busy):
+        # Only now: what loads models also looks for GPUs.
+        import torch
+
+        from dynatree.embedded.train import train_pair
+        from dynatree.pairs import resolve_device
+
+        torch.set_num_threads(arguments.threads)
+        train_pair(recipe, arguments.out, resolve_device(arguments.device))
 
 
 if __name__ == "__main__":

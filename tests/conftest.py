@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import tempfile
 from collections import Counter
 
 import pytest
@@ -12,6 +13,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+# Jobs of other tests, and of the user's own work, are none to wait for.
+LOCKS = tempfile.TemporaryDirectory(prefix="dynatree-locks-")
+os.environ["DYNATREE_LOCKS"] = LOCKS.name
 if "PYTEST_XDIST_WORKER" in os.environ:
     # The cores are shared out already.
     os.environ.setdefault("OMP_NUM_THREADS", "1")

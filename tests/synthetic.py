@@ -38,7 +38,15 @@ AUTOREGRESSIVE_RATE = 100.0
 
 
 def config(
-    prompts=4, runs=3, tables=None, labels=None, overrides=None, dtype="float32", sweeps=None
+    prompts=4,
+    runs=3,
+    tables=None,
+    labels=None,
+    overrides=None,
+    dtype="float32",
+    sweeps=None,
+    devices=None,
+    experiments=None,
 ):
     """A study of the configurations `ar`, `linear` and `tree`; `linear2` is in no table."""
     labels = labels or {}
@@ -65,6 +73,8 @@ def config(
             "measure": {"workload": "words", "runs": runs, "max_new_tokens": 13},
             "configs": configs,
             "sweeps": sweeps or {},
+            "devices": devices or {},
+            "experiments": experiments or {},
             "tables": tables or {"forward": ["ar", "linear", "tree"], "backward": ["tree", "ar"]},
         }
     )

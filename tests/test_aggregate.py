@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from dynatree.ablation import Ablation, read_ablation, write_ablation
-from dynatree.aggregate import POSITIONS, aggregate, to_csv
+from dynatree.ablation import Ablation, MissingRow, read_ablation, write_ablation
+from dynatree.aggregate import POSITIONS, aggregate, aggregate_experiment, to_csv
+from dynatree.certificate import write_certificate
 from dynatree.errors import LosslessError, ResultError
+from dynatree.failures import recording
 from dynatree.results import records_digest, totals
 
 
@@ -535,3 +537,191 @@ def test_scaling_every_prompt_changes_the_row_by_exactly_that(tmp_path_factory, 
     speedup = facts(ablation, "linear").speedup
     assert min(speedups) * 0.999 <= speedup.interval.low <= speedup.interval.high
     assert speedup.interval.high <= max(speedups) * 1.001
+
+
+# Results of different devices.
+
+GROUPED = {"devices": {"mixed": "group"}}
+
+
+def on(**names):
+    """Changes that put results, by configuration, on devices."""
+    return {name: provenance(name=device) for name, device in names.items()}
+
+
+def test_results_of_different_devices_are_refused_unless_told_to_group_them(tmp_path):
+    with pytest.raises(ResultError, match=r"run: snakemake .*, or set devices\.mixed: group"):
+        synthetic.ablation(tmp_path, changes=on(tree="Other CPU"))
+
+
+def test_rows_are_grouped_by_device_and_none_is_compared_across_them(tmp_path):
+    tables = {"forward": ["ar", "linear", "linear2", "tree"], "backward": ["tree", "ar", "linear2"]}
+    study = synthetic.config(tables=tables, **GROUPED)
+    speedups = {"linear": 2.0, "linear2": 3.0, "tree": 4.0}
+    ablation = synthetic.ablation(
+        tmp_path, study, speedups, on(linear="Other CPU", tree="Other CPU")
+    )
+    forward, backward = ablation.tables
+    assert [entry.configuration for entry in forward.rows] == ["ar", "linear2", "linear", "tree"]
+    changes = [entry.versus_previous and entry.versus_previous.value for entry in forward.rows]
+    assert changes == [None, pytest.approx(2.0), None, pytest.approx(1.0)]
+    assert [entry.configuration for entry in backward.rows] == ["ar", "linear2", "tree"]
+    changes = [entry.versus_first and entry.versus_first.value for entry in backward.rows]
+    assert changes == [None, pytest.approx(2.0), None]
+    assert ablation.setting.device == "Test CPU and Other CPU"
+    (note,) = ablation.notes
+    assert "different devices (Test CPU: ar, linear2; Other CPU: linear, tree)" in note
+    frame = pd.read_csv(io.StringIO(to_csv(ablation))).set_index("configuration")
+    assert frame["device"].to_dict() == {
+        "ar": "Test CPU",
+        "linear2": "Test CPU",
+        "linear": "Other CPU",
+        "tree": "Other CPU",
+    }
+    path = tmp_path / "ablation.json"
+    write_ablation(path, ablation)
+    assert read_ablation(path) == ablation
+
+
+def test_one_device_is_not_said_of_each_row(tmp_path):
+    data = synthetic.ablation(tmp_path, synthetic.config(**GROUPED)).model_dump()
+    assert all("device" not in entry for entry in data["configurations"])
+    assert all("missing" not in table for table in data["tables"])
+
+
+def test_the_fastest_of_a_sweep_is_not_chosen_across_devices(tmp_path):
+    study = synthetic.config(**SWEPT, **GROUPED)
+    with pytest.raises(ResultError, match=r"sweeps\.tuned: .*Test CPU, Other CPU.*on one"):
+        synthetic.ablation(tmp_path, study, changes=on(linear="Other CPU"))
+    study = synthetic.config(
+        sweeps=SWEPT["sweeps"],
+        experiments={"e": {"configs": ["tuned"], "grid": {"runs": 3}}},
+        **GROUPED,
+    )
+    study.points("e")
+    synthetic.write(synthetic.config(**SWEPT), tmp_path, changes=on(linear="Other CPU"))
+    with pytest.raises(ResultError, match=r"e: tuned: .*on different devices"):
+        aggregate_experiment(study, "e", tmp_path, synthetic.SOURCE)
+
+
+def test_a_change_across_devices_is_refused_in_a_file(tmp_path):
+    changes = on(linear="Other CPU")
+    data = synthetic.ablation(tmp_path, synthetic.config(**GROUPED), None, changes).model_dump()
+    rows = data["tables"][0]["rows"]
+    assert [entry["configuration"] for entry in rows] == ["ar", "tree", "linear"]
+    rows[2]["versus_previous"] = rows[1]["versus_previous"]
+    with pytest.raises(ValidationError, match=r"row 2 .*measured on the same device, and nowhere"):
+        Ablation.model_validate(data)
+
+
+def test_a_result_beside_other_users_of_the_gpu_is_flagged(tmp_path):
+    changes = {"tree": provenance(shared_with=["process 7"])}
+    (note,) = synthetic.ablation(tmp_path, changes=changes).notes
+    assert note.startswith("Other programs used the GPU while tree was measured")
+
+
+# Missing results, marked.
+
+
+def marked(folder, study, certificate=None):
+    return aggregate(study, folder, synthetic.SOURCE, certificate, mark_missing=True)
+
+
+def fail_for(path, spec, reason):
+    path.unlink()
+    with pytest.raises(RuntimeError), recording(path, spec.digest):
+        raise RuntimeError(reason)
+
+
+def test_a_missing_row_stays_in_its_place_with_its_reason(tmp_path):
+    study = synthetic.config(labels={"linear": "Linear"})
+    synthetic.write(study, tmp_path, {"tree": 2.0})
+    fail_for(tmp_path / "micro/linear.json", study.spec("linear"), "needs 9 GiB, 1 GiB is free")
+    ablation = marked(tmp_path, study)
+    forward, backward = ablation.tables
+    assert [entry.configuration for entry in forward.rows] == ["ar", "tree"]
+    assert forward.missing == [
+        MissingRow(below=1, label="Linear", reason="needs 9 GiB, 1 GiB is free")
+    ]
+    # Nothing is known of the row above; of the first row all.
+    assert forward.rows[1].versus_previous is None
+    assert forward.rows[1].versus_first.value == pytest.approx(1.0)
+    assert backward.missing == []
+    assert [facts.name for facts in ablation.configurations] == ["ar", "tree"]
+    path = tmp_path / "ablation.json"
+    write_ablation(path, ablation)
+    assert read_ablation(path) == ablation
+
+
+def test_without_the_first_row_nothing_is_compared_with_it(tmp_path):
+    study = synthetic.config(tables={"backward": ["tree", "linear", "ar"]})
+    synthetic.write(study, tmp_path)
+    (tmp_path / "micro/tree.json").unlink()
+    (table,) = marked(tmp_path, study).tables
+    assert table.missing == [MissingRow(below=0, label="tree", reason="not measured")]
+    assert [entry.versus_first for entry in table.rows] == [None, None]
+    assert table.rows[1].versus_previous is not None
+
+
+def test_a_result_of_something_else_is_missing_and_never_shown(tmp_path):
+    synthetic.write(synthetic.config(), tmp_path, {"tree": 9.0})
+    study = synthetic.config(overrides={"tree": {"depth": 5}})
+    ablation = marked(tmp_path, study)
+    (row,) = ablation.tables[0].missing
+    assert row.reason == (
+        "measured with another configuration (strategy.depth: measured 4, configured 5)"
+    )
+    assert [facts.name for facts in ablation.configurations] == ["ar", "linear"]
+    with pytest.raises(ResultError, match="there is no result to show:\n  ar: measured by other"):
+        aggregate(study, tmp_path, "7" * 64, mark_missing=True)
+
+
+def test_the_reason_of_an_older_failure_is_not_given(tmp_path):
+    study = synthetic.config()
+    synthetic.write(study, tmp_path)
+    other = synthetic.config(overrides={"tree": {"depth": 5}})
+    fail_for(tmp_path / "micro/tree.json", other.spec("tree"), "an old reason")
+    assert marked(tmp_path, study).tables[0].missing[0].reason == "not measured"
+
+
+def test_a_sweep_without_a_candidate_is_missing(tmp_path):
+    study = synthetic.config(**SWEPT)
+    synthetic.write(study, tmp_path)
+    (tmp_path / "micro/linear2.json").unlink()
+    ablation = marked(tmp_path, study)
+    assert ablation.sweeps == []
+    assert ablation.tables[0].missing == [
+        MissingRow(below=1, label="tuned", reason="linear2: not measured")
+    ]
+
+
+def test_a_table_without_any_row_is_said_to_be_missing(tmp_path):
+    study = synthetic.config(tables={"forward": ["ar", "tree"], "other": ["linear"]})
+    synthetic.write(study, tmp_path)
+    (tmp_path / "micro/linear.json").unlink()
+    ablation = marked(tmp_path, study)
+    assert [table.name for table in ablation.tables] == ["forward"]
+    (note,) = ablation.notes
+    assert note == "Table other is missing, because all of its rows are (not measured)."
+
+
+def test_a_certificate_may_be_missing_or_cover_what_is_there_but_not_fail(tmp_path):
+    study = synthetic.config()
+    synthetic.write(study, tmp_path)
+    (tmp_path / "micro/linear.json").unlink()
+    path = tmp_path / "certificate.json"
+    (note,) = marked(tmp_path, study, (path, synthetic.CERTIFYING)).notes
+    assert note == "Losslessness was not certified: missing."
+    write_certificate(path, synthetic.certificate(study, names=["ar", "tree"]))
+    ablation = marked(tmp_path, study, (path, synthetic.CERTIFYING))
+    assert [facts.lossless for facts in ablation.configurations] == ["equal", "equal"]
+    assert ablation.notes == []
+    failed = synthetic.certificate(study, {"tree": [synthetic.departure(0.0)]})
+    write_certificate(path, failed)
+    with pytest.raises(LosslessError, match="not lossless"):
+        marked(tmp_path, study, (path, synthetic.CERTIFYING))
+
+
+def test_with_nothing_missing_marking_changes_nothing(tmp_path):
+    plain = synthetic.ablation(tmp_path)
+    assert marked(tmp_path, synthetic.config()) == plain

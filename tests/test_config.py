@@ -111,6 +111,8 @@ def test_threshold_one_is_refused_with_the_explanation(data):
         ("configs.tree", {"depth": 3}, r"configs\.tree\.strategy: missing"),
         ("configs.a/b", {"strategy": "autoregressive"}, r"letters, digits"),
         ("measure.runs", 0, r"measure\.runs: .*got 0"),
+        ("devices.busy", "ignore", r"devices\.busy: .*'wait', 'refuse' or 'flag', got 'ignore'"),
+        ("devices.mixed", "merge", r"devices\.mixed: .*'refuse' or 'group', got 'merge'"),
         ("measure.workload", "wiki", r"measure\.workload: unknown workload 'wiki'"),
         ("tables.forward", ["ar", "linear"], r"tables\.forward\.1: unknown configuration"),
         ("tables.forward", ["ar", "ar"], r"tables\.forward: 'ar' is listed twice"),

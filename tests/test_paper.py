@@ -11,6 +11,7 @@ import pytest
 import synthetic
 
 from dynatree.ablation import write_ablation
+from dynatree.aggregate import aggregate
 from dynatree.cli import app
 from dynatree.config import TEXTS
 from dynatree.errors import ResultError
@@ -387,3 +388,31 @@ def test_the_whole_paper_compiles(tmp_path, kind, monkeypatch):
     assert not re.search(r"undefined (references|citations)|multiply defined", log)
     if kind == "reference":
         assert "Overfull" not in log
+
+
+# Rows that are missing, or of another device.
+
+
+def test_no_other_row_is_taken_for_a_full_system_that_is_missing(tmp_path):
+    study = synthetic.config(labels={"tree": "DynaTree"})
+    synthetic.write(study, tmp_path / "runs")
+    (tmp_path / "runs/micro/tree.json").unlink()
+    ablation = aggregate(study, tmp_path / "runs", synthetic.SOURCE, mark_missing=True)
+    write_ablation(tmp_path / "ablation.json", ablation)
+    evidence = read_evidence(tmp_path, ["ablation"], tmp_path / "runs")
+    with pytest.raises(ResultError, match=r"'DynaTree', the full system .* \(not measured\)"):
+        rendered(evidence, "numbers")
+
+
+def test_the_numbers_are_of_one_device(tmp_path):
+    changes = {
+        "linear": {
+            "provenance": {
+                "device": {"type": "cpu", "name": "Other CPU", "threads": 2},
+                "git": {"commit": None, "dirty": None},
+            }
+        }
+    }
+    study = synthetic.config(devices={"mixed": "group"})
+    with pytest.raises(ResultError, match="the results are of different devices"):
+        rendered(results(tmp_path, study, changes=changes), "numbers")

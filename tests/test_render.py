@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ import synthetic
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dynatree.aggregate import aggregate
 from dynatree.errors import ResultError
+from dynatree.failures import recording
 from dynatree.render import breakable, escape, render
 from dynatree.trace import Source
 
@@ -324,3 +327,55 @@ def test_the_paper_compiles_and_nothing_overflows(tmp_path):
     assert built.returncode == 0, built.stdout[-2000:]
     assert "Overfull" not in (tmp_path / "main.log").read_text(errors="replace")
     assert (tmp_path / "main.pdf").stat().st_size > 10_000
+
+
+def marked(folder, study, missing, reason=None):
+    """The section without the result of `missing`, which failed for a `reason`."""
+    synthetic.write(study, folder, {"linear": 1.5, "tree": 2.0})
+    path = folder / "micro" / f"{missing}.json"
+    path.unlink()
+    with suppress(RuntimeError), recording(path, study.spec(missing).digest):
+        raise RuntimeError(reason)
+    rendered = page(aggregate(study, folder, synthetic.SOURCE, mark_missing=True)).text
+    return " ".join(rendered.split())
+
+
+def test_a_missing_row_is_marked_with_its_reason(tmp_path):
+    study = synthetic.config(labels={"linear": HOSTILE})
+    tex = marked(tmp_path, study, "linear", HOSTILE)
+    assert f"-- & \\raggedright {breakable(HOSTILE)} & \\multicolumn{{5}}" in tex
+    assert rf"The row ``{breakable(HOSTILE)}'' is missing: {breakable(HOSTILE)}." in tex
+    assert r"\emph{missing}} \\ \addlinespace 2 & \raggedright tree &" in tex
+    assert "``tree'', has nothing to be compared with, because the step before is missing" in tex
+    # Its numbers are nowhere.
+    assert "75.0" not in tex
+
+
+def test_without_the_full_system_no_other_row_is_taken_for_it(tmp_path):
+    study = synthetic.config(tables={"backward": ["tree", "linear", "ar"]})
+    tex = marked(tmp_path, study, "tree", "no memory")
+    assert "The first row of Table~\\ref{tab:ablation-backward} is missing." in tex
+    assert "takes components away from its first row" not in tex
+    assert "slower than the first row" not in tex
+    assert r"\midrule \raggedright tree & \multicolumn{5}{l@{}}{\emph{missing}} \\" in tex
+
+
+def test_rows_stand_under_their_device(tmp_path):
+    study = synthetic.config(
+        devices={"mixed": "group"}, tables={"forward": ["ar", "linear", "linear2", "tree"]}
+    )
+    changes = {
+        name: {
+            "provenance": {
+                "device": {"type": "cuda", "name": "GPU_2", "threads": 2},
+                "git": {"commit": None, "dirty": None},
+            }
+        }
+        for name in ("linear", "tree")
+    }
+    tex = text(tmp_path, study, {"linear": 2.0, "tree": 3.0}, changes)
+    heads = [tex.index(rf"\emph{{{name}}}}} \\") for name in ("Test CPU", r"GPU\_2")]
+    rows = [tex.index(f"{step} & ") for step in (1, 2, 3, 4)]
+    assert heads[0] < rows[0] < rows[1] < heads[1] < rows[2] < rows[3]
+    assert tex.count(r"\multicolumn{7}") == 2
+    assert "Step 3, ``linear'', has nothing to be compared with" in tex

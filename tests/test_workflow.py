@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dynatree.ablation import read_ablation
 from dynatree.experiments import read_experiment
+from dynatree.failures import failure_path
 from dynatree.results import read_result
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -387,6 +389,79 @@ def test_the_old_table_is_not_taken_for_current_after_an_engine_failure(project)
     assert "RuntimeError: the edited engine" in done.stdout
     left = {"measure": 4, "certify": 1, "aggregate": 1, "section_text": 1}
     assert planned(project, TABLE) == left
+
+
+NO_MEMORY = """
+import sys
+import psutil
+from types import SimpleNamespace
+if '"name":"tree"' in " ".join(sys.argv) + " ".join(sys.orig_argv):
+    psutil.virtual_memory = lambda: SimpleNamespace(available=2**10, total=2**34)
+"""
+"""A `sitecustomize`: the job that measures the configuration `tree` finds no memory."""
+
+
+def test_what_does_not_fit_is_marked_as_missing_and_the_others_are_rendered(project):
+    CHANGES["a measuring setting"][0](project)
+    injected = project / "src/sitecustomize.py"
+    injected.write_text(NO_MEMORY)
+    done = snakemake(project, "--keep-going")
+    assert done.returncode != 0
+    reason = "measure tree: out of memory on the host: pairs.micro needs at least 0.00 GiB"
+    assert f"error: {reason}" in done.stdout
+    assert "0.00 GiB of 16.00 GiB were free" in done.stdout
+    assert not (project / RUN).exists()
+    assert all((project / RUN.with_stem(name)).exists() for name in NAMES if name != "tree")
+
+    marked = snakemake(project, "--config", "missing=mark")
+    assert marked.returncode == 0, marked.stdout
+    assert not re.search(r"^(?:local)?rule (measure|certify|train_pair):", marked.stdout, re.M)
+    ablation = read_ablation(project / "results/ablation.json")
+    assert [facts.name for facts in ablation.configurations] == ["ar", "linear", "single_path"]
+    assert {facts.lossless for facts in ablation.configurations} == {"equal"}
+    assert ablation.setting.max_new_tokens == 9
+    for table, below in zip(ablation.tables, (2, 0), strict=True):
+        (row,) = table.missing
+        assert (row.label, row.below) == ("tree", below)
+        assert row.reason.startswith(reason)
+    assert (project / TABLE).read_text().count(r"\emph{missing}") == 2
+
+    # The marked table is none of the finished ones.
+    assert planned(project, "--config", "missing=mark") == {}
+    assert planned(project) == {"measure": 1, **AGGREGATED}
+    injected.unlink()
+    done = snakemake(project)
+    assert done.returncode == 0, done.stdout
+    assert "missing}" not in (project / TABLE).read_text()
+    assert not failure_path(project / RUN).exists()
+
+
+def test_what_is_there_is_certified_where_missing_rows_are_marked(project):
+    (project / RUN).unlink()
+    (project / "results/certificate.json").unlink()
+    marked = snakemake(project, "--config", "missing=mark")
+    assert marked.returncode == 0, marked.stdout
+    ablation = read_ablation(project / "results/ablation.json")
+    assert {facts.name: facts.lossless for facts in ablation.configurations} == {
+        name: "equal" for name in NAMES if name != "tree"
+    }
+    assert planned(project) == {"measure": 1, "certify": 1, **AGGREGATED}
+
+
+def test_only_marking_may_be_asked_of_missing_rows(project):
+    for options in (("missing=drop",), ("missing=mark", "results=results")):
+        done = snakemake(project, "-n", "--config", *options)
+        assert done.returncode != 0
+        assert "give missing=mark, without results=, or leave it out" in done.stdout
+
+
+def test_jobs_that_share_the_gpus_share_the_cores(project):
+    CHANGES["a measuring setting"][0](project)
+    for gpus, threads in ((1, 4), (2, 2), (8, 1)):
+        done = snakemake(project, "-n", "--cores", "4", "--resources", f"gpu={gpus}")
+        found = re.findall(r"rule measure:.*?(?:threads: (\d+))?\n    resources", done.stdout, re.S)
+        assert found, done.stdout
+        assert {int(count or 1) for count in found} == {threads}
 
 
 def truncate(path):

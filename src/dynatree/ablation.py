@@ -4,6 +4,7 @@ It imports neither the statistics nor the models, so that a changed table module
 measurement and a changed statistic is seen by all that reads it.
 """
 
+import operator
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
@@ -147,6 +148,7 @@ class ConfigurationFacts(Fact):
         largest_gap: over these, the largest difference of the target's two largest logits at
             the first differing token; None when every output is equal.
         lossless: what the certificate found; None when there was none.
+        device: what it was measured on; None where that is the setting's one device.
     """
 
     name: str
@@ -175,6 +177,7 @@ class ConfigurationFacts(Fact):
     threads: PositiveInt
     commit: str | None
     dirty: bool | None
+    device: str | None = Field(default=None, exclude_if=operator.not_)
 
     @property
     def accepted_length(self) -> float | None:
@@ -213,9 +216,10 @@ class Sweep(Fact):
 
 
 class Row(Fact):
-    """One row of a table; the changes are relative (0.1 is 10 % faster), None in the first row.
+    """One row of a table; the changes are relative (0.1 is 10 % faster).
 
-    Where the row is a `sweep`, its configuration is the winner and its label names it.
+    They are None in the first row, and where the other row is missing or of another device. Where
+    the row is a `sweep`, its configuration is the winner and its label names it.
     """
 
     configuration: str
@@ -225,18 +229,30 @@ class Row(Fact):
     versus_first: Estimate | None
 
 
+class MissingRow(Fact):
+    """A row of which nothing is known: `below` rows of its table stand above it, for a `reason`."""
+
+    below: NonNegativeInt
+    label: str
+    reason: str
+
+
 class Table(Fact):
     """One table of the configuration file; its name becomes a LaTeX label, unescaped."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
     rows: Annotated[list[Row], Field(min_length=1)]
+    missing: list[MissingRow] = Field(default_factory=list, exclude_if=operator.not_)
+
+    def missing_below(self, count: int) -> list[MissingRow]:
+        """The missing rows that stand after the first `count` rows and before the next."""
+        return [row for row in self.missing if row.below == count]
 
     @model_validator(mode="after")
-    def _only_the_first_row_has_no_change(self) -> Self:
-        for index, row in enumerate(self.rows):
-            for change in (row.versus_previous, row.versus_first):
-                if (change is None) != (index == 0):
-                    raise ValueError(f"row {index} ({row.configuration}): changes must be given")
+    def _missing_rows_have_a_place(self) -> Self:
+        for row in self.missing:
+            if row.below > len(self.rows):
+                raise ValueError(f"{row.label!r} stands below {row.below} of {len(self.rows)} rows")
         return self
 
 
@@ -280,8 +296,9 @@ class Ablation(Fact):
             if sweep.winner != max(sweep.best_of, key=speedups.__getitem__):
                 raise ValueError(f"sweep {sweep.name}: {sweep.winner!r} is not its fastest")
         winners = {sweep.name: sweep.winner for sweep in self.sweeps}
+        devices = {facts.name: facts.device for facts in self.configurations}
         for table in self.tables:
-            for row in table.rows:
+            for index, row in enumerate(table.rows):
                 if row.configuration not in speedups:
                     raise ValueError(f"table {table.name}: {row.configuration!r} is not measured")
                 if row.sweep is not None and winners.get(row.sweep) != row.configuration:
@@ -289,6 +306,22 @@ class Ablation(Fact):
                         f"table {table.name}: {row.configuration!r} is not the winner of "
                         f"{row.sweep!r}"
                     )
+                above = table.rows[index - 1] if index else None
+                for change, other, gap in (
+                    (row.versus_previous, above, index),
+                    (row.versus_first, above and table.rows[0], 0),
+                ):
+                    comparable = (
+                        other is not None
+                        and not table.missing_below(gap)
+                        and devices[other.configuration] == devices[row.configuration]
+                    )
+                    if comparable != (change is not None):
+                        raise ValueError(
+                            f"table {table.name}: row {index} ({row.configuration}): changes must "
+                            "be given where the other row is measured on the same device, and "
+                            "nowhere else"
+                        )
         return self
 
     def facts(self, name: str) -> ConfigurationFacts:

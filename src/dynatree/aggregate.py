@@ -21,7 +21,7 @@ Notation: a generation's throughput is its new tokens divided by its wall time i
 """
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Final
@@ -37,6 +37,7 @@ from dynatree.ablation import (
     DepthAcceptance,
     Estimate,
     Latency,
+    MissingRow,
     Override,
     PairSetting,
     PositionRounds,
@@ -52,6 +53,7 @@ from dynatree.errors import ResultError
 from dynatree.estimates import Floats, estimate, geometric_mean, median, paired_ratios
 from dynatree.experiments import Experiment, PointFacts
 from dynatree.facts import first_problem
+from dynatree.failures import failure_reason
 from dynatree.files import short_digest
 from dynatree.recipes import Transformer
 from dynatree.results import Method, RunResult, read_result
@@ -65,6 +67,7 @@ class _Device(BaseModel):
     type: str
     name: str
     threads: PositiveInt
+    shared_with: list[str] = []
 
 
 class _Git(BaseModel):
@@ -84,6 +87,7 @@ def aggregate(
     results_dir: Path,
     source_digest: str,
     certificate: tuple[Path, str] | None = None,
+    mark_missing: bool = False,
 ) -> Ablation:
     """Aggregates the result of every configuration that some table needs.
 
@@ -93,18 +97,41 @@ def aggregate(
         source_digest: digest of the code that measures (hex); other code's results are refused.
         certificate: the file of the losslessness certificate, and the digest of the code that
             makes it; without one, no row is said to be lossless.
+        mark_missing: a row is marked where its result, or one that a sweep needs, is missing or
+            not current, and so is a certificate, instead of an error.
 
     Raises:
         ResultError: a result or the certificate is missing, damaged, of another specification or
-            other code, or they come from different weights or devices.
+            other code, or they come from different weights, or from different devices that the
+            configuration does not group; or nothing is left to show.
         LosslessError: the certificate says that a configuration is not lossless.
     """
-    results, origins = _read(config, config.measured, results_dir, source_digest)
+    results, origins, reasons = _read(
+        config, config.measured, results_dir, source_digest, mark_missing
+    )
+    if not results:
+        listed = "".join(f"\n  {name}: {reason}" for name, reason in reasons.items())
+        raise ResultError(f"{results_dir}: there is no result to show:{listed}")
     weights = next(iter(results.values())).pair_digest
-    certified = _certified(config, *certificate, weights) if certificate else {}
+    notes = _notes(origins)
+    certified: dict[str, Lossless] = {}
+    if certificate:
+        try:
+            certified = _certified(config, list(results), *certificate, weights)
+        except ResultError as error:
+            if not mark_missing:
+                raise
+            notes.append(f"Losslessness was not certified: {_without_cure(error)}.")
     speedups = {name: _prompt_speedups(result) for name, result in results.items()}
     used = dict.fromkeys(row for rows in config.tables.values() for row in rows)
-    winners = {row: _fastest(config.candidates(row), speedups) for row in used}
+    absent = _absent(config, used, reasons)
+    winners = {row: _winner(config, row, speedups, origins) for row in used if row not in absent}
+    shown = [table for table, rows in config.tables.items() if any(row in winners for row in rows)]
+    notes += [
+        f"Table {table} is missing, because all of its rows are ({absent[rows[0]]})."
+        for table, rows in config.tables.items()
+        if table not in shown
+    ]
     return Ablation(
         setting=Setting(
             **_setting(config, origins).model_dump(),
@@ -120,19 +147,17 @@ def aggregate(
                 speedups[name],
                 _overrides(config, name),
                 certified.get(name),
+                _device_of(name, origins),
             )
             for name, result in results.items()
         ],
         sweeps=[
             Sweep(name=row, best_of=config.candidates(row), winner=winners[row])
-            for row in used
+            for row in winners
             if row in config.sweeps
         ],
-        tables=[
-            Table(name=table, rows=_rows(config, table, winners, speedups))
-            for table in config.tables
-        ],
-        notes=_notes(origins),
+        tables=[_table(config, table, winners, absent, speedups, origins) for table in shown],
+        notes=notes,
     )
 
 
@@ -156,7 +181,7 @@ def aggregate_experiment(
     """
     points = config.points(name)
     runs = list(dict.fromkeys(point.run for point in points))
-    results, origins = _read(config, runs, results_dir, source_digest)
+    results, origins, _ = _read(config, runs, results_dir, source_digest)
     speedups = {run: _prompt_speedups(result) for run, result in results.items()}
     fastest = set()
     for point in points:
@@ -166,6 +191,7 @@ def aggregate_experiment(
             for other in points
             if (other.row, other.values) == (point.row, point.values)
         }
+        _one_device(f"{name}: {point.row}", list(rivals), origins)
         fastest.add(rivals[_fastest(list(rivals), speedups)].name)
     return Experiment(
         experiment=name,
@@ -180,6 +206,7 @@ def aggregate_experiment(
                 origins[point.run],
                 speedups[point.run],
                 point.name in fastest,
+                _device_of(point.run, origins),
             )
             for point in points
         ],
@@ -243,7 +270,7 @@ def experiment_csv(experiment: Experiment) -> str:
 def _described(facts: ConfigurationFacts, setting: PairSetting) -> dict[str, Any]:
     return {
         "pair": setting.pair,
-        "device": setting.device,
+        "device": facts.device or setting.device,
         "description": facts.description,
         "overrides": "; ".join(f"{entry.key}={entry.value}" for entry in facts.overrides),
     }
@@ -294,17 +321,54 @@ def _counts(facts: ConfigurationFacts, lines: Sequence[ConfigurationFacts]) -> d
 
 
 def _read(
-    config: Config, names: Sequence[str], results_dir: Path, source_digest: str
-) -> tuple[dict[str, RunResult], dict[str, _Provenance]]:
-    """The current results of the runs `names`, and where they come from; raises ResultError."""
+    config: Config,
+    names: Sequence[str],
+    results_dir: Path,
+    source_digest: str,
+    mark_missing: bool = False,
+) -> tuple[dict[str, RunResult], dict[str, _Provenance], dict[str, str]]:
+    """The current results of the runs `names`, where they come from, and why others are missing.
+
+    Raises:
+        ResultError: one is missing or not current, unless `mark_missing`; or see `aggregate`.
+    """
     paths = {name: results_dir / config.pair / f"{name}.json" for name in names}
-    results = {
-        name: _current(path, config.spec(name), source_digest) for name, path in paths.items()
-    }
-    origins = {name: _origin(paths[name], result) for name, result in results.items()}
-    _same_weights(results, paths)
-    _same_device(origins, paths)
-    return results, origins
+    results: dict[str, RunResult] = {}
+    origins: dict[str, _Provenance] = {}
+    reasons: dict[str, str] = {}
+    for name, path in paths.items():
+        spec = config.spec(name)
+        try:
+            result = _current(path, spec, source_digest)
+            origins[name] = _origin(path, result)
+        except ResultError as error:
+            if not mark_missing:
+                raise
+            unknown = _without_cure(error) if path.exists() else "not measured"
+            reasons[name] = failure_reason(path, spec.digest) or unknown
+        else:
+            results[name] = result
+    if results:
+        _same_weights(results, paths)
+    if config.devices.mixed == "refuse":
+        _same_device(origins, paths)
+    return results, origins, reasons
+
+
+def _without_cure(error: ResultError) -> str:
+    """What is wrong, without what to do: a reader of the table can do nothing about it."""
+    text = str(error).partition("; remove it")[0].partition("; run: ")[0]
+    return text.partition(": ")[2] or text
+
+
+def _devices(origins: Mapping[str, _Provenance]) -> list[str]:
+    """The devices that results come from, in order of first use."""
+    return list(dict.fromkeys(origin.device.name for origin in origins.values()))
+
+
+def _device_of(name: str, origins: Mapping[str, _Provenance]) -> str | None:
+    """What run `name` was measured on, where that is not the same for all runs."""
+    return origins[name].device.name if len(_devices(origins)) > 1 else None
 
 
 def _setting(config: Config, origins: Mapping[str, _Provenance]) -> PairSetting:
@@ -316,7 +380,7 @@ def _setting(config: Config, origins: Mapping[str, _Provenance]) -> PairSetting:
         draft=_model(config.pair_spec, "draft"),
         dtype=config.pair_spec.dtype,
         device_type=device.type,
-        device=device.name,
+        device=" and ".join(_devices(origins)),
     )
 
 
@@ -328,11 +392,12 @@ def _point(
     origin: _Provenance,
     speedups: Floats,
     fastest: bool,
+    device: str | None,
 ) -> PointFacts:
     overrides = [
         entry for entry in _overrides(config, point.config) if entry.key not in point.values
     ]
-    facts = _facts(point.name, result, origin, speedups, overrides, None)
+    facts = _facts(point.name, result, origin, speedups, overrides, None, device)
     label = config.label(point.row, experiment)
     return PointFacts(
         **dict(facts),
@@ -360,12 +425,12 @@ def _current(path: Path, spec: RunSpec, source_digest: str) -> RunResult:
 
 
 def _certified(
-    config: Config, path: Path, source_digest: str, pair_digest: str
+    config: Config, names: Sequence[str], path: Path, source_digest: str, pair_digest: str
 ) -> dict[str, Lossless]:
-    """What a certificate of this study, code and weights found, by configuration."""
+    """What a certificate of this study, code and weights found of the configurations `names`."""
     certificate = read_certificate(path)
-    made = certificate.spec.only(config.measured)
-    _same_spec(path, made, config.certificate_spec(config.measured))
+    made = certificate.spec.only(names)
+    _same_spec(path, made, config.certificate_spec(names))
     _same_code(path, certificate.source_digest, source_digest)
     if certificate.pair_digest != pair_digest:
         raise ResultError(
@@ -426,7 +491,7 @@ def _same_device(origins: dict[str, _Provenance], paths: dict[str, Path]) -> Non
             raise ResultError(
                 f"{paths[other]}: measured on {origins[other].device.name!r}, but {paths[one]} on "
                 f"{origins[one].device.name!r}; remove the one that is not of this machine and "
-                f"run: snakemake {paths[one]} {paths[other]}"
+                f"run: snakemake {paths[one]} {paths[other]}, or set devices.mixed: group"
             )
 
 
@@ -456,25 +521,84 @@ def _fastest(candidates: list[str], speedups: dict[str, Floats]) -> str:
     return max(candidates, key=lambda name: float(geometric_mean(speedups[name][:, None])))
 
 
-def _rows(
-    config: Config, table: str, winners: dict[str, str], speedups: dict[str, Floats]
-) -> list[Row]:
-    rows: list[Row] = []
+def _one_device(what: str, candidates: Sequence[str], origins: Mapping[str, _Provenance]) -> None:
+    """Refuses to choose the fastest among speedups of different devices."""
+    devices = _devices({name: origins[name] for name in candidates})
+    if len(devices) > 1:
+        raise ResultError(
+            f"{what}: its candidates were measured on different devices ({', '.join(devices)}), "
+            f"of which the fastest means nothing; measure {', '.join(candidates)} on one"
+        )
+
+
+def _winner(
+    config: Config, row: str, speedups: dict[str, Floats], origins: Mapping[str, _Provenance]
+) -> str:
+    candidates = config.candidates(row)
+    _one_device(f"sweeps.{row}", candidates, origins)
+    return _fastest(candidates, speedups)
+
+
+def _absent(config: Config, rows: Iterable[str], reasons: Mapping[str, str]) -> dict[str, str]:
+    """Why rows cannot be shown: of a sweep every candidate is needed to know the fastest."""
+    absent = {}
+    for row in rows:
+        missing = [name for name in config.candidates(row) if name in reasons]
+        if missing:
+            named = f"{missing[0]}: " if row in config.sweeps else ""
+            absent[row] = f"{named}{reasons[missing[0]]}"
+    return absent
+
+
+def _table(
+    config: Config,
+    table: str,
+    winners: Mapping[str, str],
+    absent: Mapping[str, str],
+    speedups: Mapping[str, Floats],
+    origins: Mapping[str, _Provenance],
+) -> Table:
+    """A table with its rows grouped by device; a missing row stays in its place."""
+    devices = _devices(origins)
+    groups: dict[int, list[str]] = {}
+    group = 0
     for row in config.tables[table]:
-        name, label = winners[row], config.label(row, table)
-        swept = row in config.sweeps
-        versus = [rows[-1].configuration, rows[0].configuration] if rows else []
-        changes = [_change(speedups[name], speedups[other]) for other in versus]
+        if row in winners:
+            group = devices.index(origins[winners[row]].device.name)
+        groups.setdefault(group, []).append(row)
+    rows: list[Row] = []
+    missing: list[MissingRow] = []
+    for row in (row for _, group_rows in sorted(groups.items()) for row in group_rows):
+        label = config.label(row, table)
+        if row in absent:
+            missing.append(MissingRow(below=len(rows), label=label, reason=absent[row]))
+            continue
+        name, swept = winners[row], row in config.sweeps
+        gaps = {entry.below for entry in missing}
+        above = rows[-1].configuration if rows and len(rows) not in gaps else None
+        top = rows[0].configuration if rows and 0 not in gaps else None
         rows.append(
             Row(
                 configuration=name,
                 sweep=row if swept else None,
                 label=f"{label} ({config.strategy(name).describe()})" if swept else label,
-                versus_previous=changes[0] if changes else None,
-                versus_first=changes[1] if changes else None,
+                versus_previous=_compared(name, above, speedups, origins),
+                versus_first=_compared(name, top, speedups, origins),
             )
         )
-    return rows
+    return Table(name=table, rows=rows, missing=missing)
+
+
+def _compared(
+    name: str,
+    other: str | None,
+    speedups: Mapping[str, Floats],
+    origins: Mapping[str, _Provenance],
+) -> Estimate | None:
+    """The change from `other` to `name`; None without another, or if its device is another."""
+    if other is None or origins[name].device.name != origins[other].device.name:
+        return None
+    return _change(speedups[name], speedups[other])
 
 
 def _position_counts(result: RunResult) -> npt.NDArray[np.int64]:
@@ -543,6 +667,7 @@ def _facts(
     speedups: Floats,
     overrides: list[Override],
     lossless: Lossless | None,
+    device: str | None,
 ) -> ConfigurationFacts:
     records = result.of("strategy")
     rounds = [entry for record in records for entry in record.rounds]
@@ -592,19 +717,38 @@ def _facts(
         threads=origin.device.threads,
         commit=origin.git.commit,
         dirty=origin.git.dirty,
+        device=device,
     )
 
 
 def _notes(origins: dict[str, _Provenance]) -> list[str]:
+    notes = []
     threads = {name: origin.device.threads for name, origin in origins.items()}
-    if len(set(threads.values())) == 1:
-        return []
-    listed = ", ".join(f"{name} {count}" for name, count in threads.items())
-    return [
-        f"The rows were measured with different numbers of threads ({listed}): each speedup is "
-        "paired within its own row and remains valid, throughputs do not compare between rows, "
-        "and changes between rows include the effect of the threads."
-    ]
+    if len(set(threads.values())) > 1:
+        listed = ", ".join(f"{name} {count}" for name, count in threads.items())
+        notes.append(
+            f"The rows were measured with different numbers of threads ({listed}): each speedup is "
+            "paired within its own row and remains valid, throughputs do not compare between rows, "
+            "and changes between rows include the effect of the threads."
+        )
+    devices = _devices(origins)
+    if len(devices) > 1:
+        groups: dict[str, list[str]] = {device: [] for device in devices}
+        for name, origin in origins.items():
+            groups[origin.device.name].append(name)
+        listed = "; ".join(f"{device}: {', '.join(names)}" for device, names in groups.items())
+        notes.append(
+            f"The rows were measured on different devices ({listed}): each speedup is "
+            "paired within its own row and remains valid, and rows of different devices are not "
+            "compared."
+        )
+    flagged = [name for name, origin in origins.items() if origin.device.shared_with]
+    if flagged:
+        notes.append(
+            f"Other programs used the GPU while {', '.join(flagged)} was measured: these "
+            "throughputs and speedups may be disturbed."
+        )
+    return notes
 
 
 def _model(models: Models, role: str) -> str:

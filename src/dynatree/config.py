@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, Final, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 import yaml
 from pydantic import Field, PrivateAttr, TypeAdapter, ValidationError, model_validator
 
+from dynatree.devices import Busy
 from dynatree.errors import ConfigError
 from dynatree.schema import (
     Count,
@@ -70,6 +71,20 @@ class TreePage(Section):
     configs: list[Name] = []
     prompts: Count = 4
     max_new_tokens: Count = 48
+
+
+class Devices(Section):
+    """What becomes of GPUs that are not alike, or not ours alone; no measurement depends on it.
+
+    Attributes:
+        busy: what a job does about a GPU that a program uses which knows nothing of our locks:
+            `wait` for it, `refuse`, or measure beside it and `flag` the result.
+        mixed: what the aggregation does with results of different devices: `refuse` them, or
+            `group` the rows of a table by device and compare none across devices.
+    """
+
+    busy: Busy = "wait"
+    mixed: Literal["refuse", "group"] = "refuse"
 
 
 class PairSpec(Models):
@@ -198,6 +213,7 @@ class Config(Section):
     pairs: Annotated[dict[Name, PairSpec], Field(min_length=1)]
     workloads: Annotated[dict[Name, Workload], Field(min_length=1)]
     measure: Measure
+    devices: Devices = Devices()
     certificate: Certification = Certification()
     trees: TreePage = TreePage()
     configs: Annotated[dict[Name, RunConfig], Field(min_length=1)]

@@ -76,15 +76,25 @@ def _roles(evidence: Evidence) -> dict[str, ConfigurationFacts]:
     """The parts that configurations play: `Full`, the system that the paper presents, is what the
     backward table takes components from, or else the last row of the first table; `Fastest` has
     the largest speedup of all rows.
+
+    Raises:
+        ResultError: the full system is missing, or rows were measured on different devices.
     """
     sections = evidence.sections.values()
     tables = {table.name: (table, part) for part in sections for table in part.tables}
-    if BACKWARD in tables:
-        table, part = tables[BACKWARD]
-        full = part.facts(table.rows[0].configuration)
-    else:
-        table, part = next(iter(tables.values()))
-        full = part.facts(table.rows[-1].configuration)
+    backward = BACKWARD in tables
+    table, part = tables[BACKWARD] if backward else next(iter(tables.values()))
+    full = part.facts(table.rows[0 if backward else -1].configuration)
+    for row in table.missing_below(0 if backward else len(table.rows)):
+        raise ResultError(
+            f"table {table.name}: {row.label!r}, the full system that the paper's numbers speak "
+            f"of, is missing ({row.reason}); measure it, or render the sections alone"
+        )
+    if any(facts.device for facts in evidence.configurations.values()):
+        raise ResultError(
+            "the results are of different devices, and the paper's numbers speak of one; measure "
+            "all on one, or render the sections alone"
+        )
     fastest = max(evidence.configurations.values(), key=lambda facts: facts.speedup.value)
     return {"Full": full, "Fastest": fastest}
 
