@@ -202,6 +202,18 @@ def compare(
         typer.echo(line)
 
 
+@typer_app.command()
+def plan(
+    targets: Annotated[list[str] | None, typer.Argument(help="Files or rules to make.")] = None,
+) -> None:
+    """Says which jobs `snakemake TARGETS` would run, why, and for how long."""
+    # Snakemake takes a second to import.
+    from dynatree.plan import lines, planned
+
+    for line in lines(planned(targets or [])):
+        typer.echo(line)
+
+
 def _spec(
     path: Path,
     pair: str | None,
