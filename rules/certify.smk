@@ -20,5 +20,6 @@ rule certify:
     params:
         spec=STUDY.certificate_spec(STUDY.measured).canonical(),
     shell:
+        "exec 3>&1; "
         "python {input.script} --spec {params.spec:q} --threads {threads} --out {output} "
         "2>&1 | tee {log}"

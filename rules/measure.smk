@@ -20,5 +20,6 @@ rule measure:
     params:
         spec=run_spec,
     shell:
+        "exec 3>&1; "
         "python {input.script} --spec {params.spec:q} --threads {threads} --out {output} "
         "2>&1 | tee {log}"

@@ -20,5 +20,6 @@ rule train_pair:
         recipe=pair_recipe,
         device=pair_device,
     shell:
+        "exec 3>&1; "
         "python {input.script} --recipe {params.recipe:q} --device {params.device} "
         "--threads {threads} --out results/pairs/{wildcards.pair} 2>&1 | tee {log}"

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import torch
 
-from dynatree.certificate import ConfigurationCheck, write_certificate
+from dynatree.certificate import write_certificate
 from dynatree.certify import certify
 from dynatree.errors import reporting
 from dynatree.pairs import load_models
+from dynatree.progress import Progress, certifying
 from dynatree.specs import parse_certificate_spec
 
 
@@ -20,11 +21,9 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     spec = parse_certificate_spec(arguments.spec)
-
-    def progress(check: ConfigurationCheck) -> None:
-        print(f"{check.name}: {check.verdict}", flush=True)
-
-    certificate = certify(spec, load_models(spec.pair, spec.models), progress)
+    pair = load_models(spec.pair, spec.models)
+    with Progress("certificate", "configurations") as shown:
+        certificate = certify(spec, pair, certifying(shown, spec))
     write_certificate(arguments.out, certificate)
     certificate.require()
     print(f"lossless; certificate written to {arguments.out}")

@@ -8,6 +8,7 @@ import torch
 from dynatree.errors import reporting
 from dynatree.measure import measure
 from dynatree.pairs import load_models
+from dynatree.progress import Progress, measuring
 from dynatree.results import write_result
 from dynatree.specs import parse_spec
 
@@ -20,15 +21,11 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     spec = parse_spec(arguments.spec)
-    passes = spec.measure.warmup + spec.measure.runs
-
-    def progress(done: int, planned: int, speed: float) -> None:
-        if done * passes % planned == 0:
-            print(f"{spec.name}: {done} of {planned} generations, {speed:.1f} tokens/s", flush=True)
-
-    result = measure(spec, load_models(spec.pair, spec.models), progress)
-    write_result(arguments.out, result)
-    print(f"{spec.name}: {result.totals.tokens_per_round:.2f} tokens per round", flush=True)
+    pair = load_models(spec.pair, spec.models)
+    with Progress(spec.name, "generations") as shown:
+        result = measure(spec, pair, measuring(shown, spec.measure))
+        write_result(arguments.out, result)
+        shown.say(f"{result.totals.tokens_per_round:.2f} tokens per round")
 
 
 if __name__ == "__main__":

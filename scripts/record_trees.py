@@ -8,6 +8,7 @@ import torch
 from dynatree.errors import reporting
 from dynatree.observe import record_trees
 from dynatree.pairs import load_models
+from dynatree.progress import Progress, recording
 from dynatree.specs import parse_trees_spec
 from dynatree.tree_record import write_record
 
@@ -20,11 +21,9 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     spec = parse_trees_spec(arguments.spec)
-
-    def progress(rounds: int, tokens: int) -> None:
-        print(f"{spec.name}: {tokens} tokens in {rounds} rounds", flush=True)
-
-    record = record_trees(spec, load_models(spec.pair, spec.models), progress)
+    pair = load_models(spec.pair, spec.models)
+    with Progress(spec.name, "prompts") as shown:
+        record = record_trees(spec, pair, recording(shown, spec))
     write_record(arguments.out, record)
     print(f"trees written to {arguments.out}")
 

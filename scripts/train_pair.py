@@ -8,6 +8,7 @@ import torch
 from dynatree.embedded.train import train_pair
 from dynatree.errors import reporting
 from dynatree.pairs import resolve_device
+from dynatree.progress import Progress, training
 from dynatree.recipes import parse_recipe
 
 
@@ -20,7 +21,9 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     recipe = parse_recipe(arguments.recipe)
-    train_pair(recipe, arguments.out, resolve_device(arguments.device))
+    device = resolve_device(arguments.device)
+    with Progress(arguments.out.name, "steps") as shown:
+        train_pair(recipe, arguments.out, device, shown.say, training(shown, recipe))
 
 
 if __name__ == "__main__":

@@ -315,7 +315,7 @@ def test_the_plan_names_the_changed_module_once_for_all_jobs(project):
 
 def test_what_has_no_result_takes_the_time_of_its_rule_where_there_is_one(project):
     (project / RUN).unlink()
-    text, _ = plan(project, TABLE)
+    text, _ = plan(project)
     assert re.search(
         r"^measure micro/tree, about \d+ s as last time\n    its output is missing\n",
         text,
