@@ -149,12 +149,14 @@ def test_without_a_terminal_nothing_is_drawn(clock, log):
 
 def test_an_interrupted_job_leaves_a_clean_terminal(clock):
     terminal = Terminal()
-    with (
-        pytest.raises(KeyboardInterrupt),
-        Progress("tree", "steps", terminal, clock=clock) as shown,
-    ):
-        shown.step(1, 2)
-        raise KeyboardInterrupt
+
+    def job():
+        with Progress("tree", "steps", terminal, clock=clock) as shown:
+            shown.step(1, 2)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        job()
     # The cursor, hidden while the line is live, is shown again.
     assert terminal.getvalue().rindex("\x1b[?25h") > terminal.getvalue().rindex("1 of 2 steps")
 
@@ -211,6 +213,8 @@ def test_training_counts_the_tokens_of_both_models(clock, log):
             "draft_batch": 3,
             "rollout_prompt": 4,
             "rollout_tokens": 7,
+            "rollouts": 8,
+            "draft_steps": 4,
         }
     )
     shown = Progress("pair", "steps", log, clock=clock)
