@@ -606,3 +606,19 @@ def test_the_page_of_trees_is_made_and_goes_stale(project):
 
 
 TREE_SOURCES = (CONFIG, "src/dynatree/tree.py", "paper/templates/trees.js")
+
+
+def test_the_logs_of_jobs_are_a_few_plain_lines(first):
+    folder = first[0] / "results/logs"
+    said = {
+        "measure/micro/tree.log": "tree: run 2 of 2, 8 of 8 generations, ",
+        "certify.log": "certificate: 4 of 4 configurations, ",
+        "train_pair/micro.log": "micro: draft, loss ",
+    }
+    for name, words in said.items():
+        lines = (folder / name).read_text(encoding="utf-8").splitlines()
+        assert any(line.startswith(words) for line in lines)
+        assert len(lines) < 40
+        assert all(line.isprintable() for line in lines)
+    # What goes to the log is shown, too.
+    assert said["measure/micro/tree.log"] in first[1]
