@@ -148,7 +148,7 @@ def test_the_driver_is_asked_for_its_facts(monkeypatch):
     assert [(user.pid, user.name) for user in gpus.users] == [(2**22 + 1, "not visible from here")]
 
 
-def test_a_driver_that_does_not_answer_is_no_crash(monkeypatch):
+def test_a_driver_that_does_not_answer_is_no_crash(monkeypatch, tmp_path):
     broken = FakeNvml()
 
     def fails(*_):
@@ -159,7 +159,10 @@ def test_a_driver_that_does_not_answer_is_no_crash(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", broken)
     assert doctor._nvml() == {"driver": "does not answer: Driver/library version mismatch"}
     broken.nvmlInit = fails
+    monkeypatch.setattr(doctor, "DRIVER", tmp_path / "version")
     assert doctor._nvml() == {}
+    doctor.DRIVER.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01  Sun\n")
+    assert doctor._nvml() == {"driver": "535.183.01"}
 
 
 def test_a_full_disk_is_an_error_and_a_nearly_full_one_a_warning():

@@ -18,12 +18,14 @@ def build(folder: Path) -> None:
         UserWarning: pdoc has something to complain of, such as an annotation without a meaning.
     """
     # What libraries warn of while they are imported is not about our pages.
-    for module in pkgutil.walk_packages(dynatree.__path__, "dynatree."):
-        import_module(module.name)
+    for entry in pkgutil.walk_packages(dynatree.__path__, "dynatree."):
+        import_module(entry.name)
     # pdoc reads the dictionary of a module, where names that resolve on first use are not.
     for name in dynatree.__all__:
         vars(dynatree)[name] = getattr(dynatree, name)
     pdoc.render.configure(docformat="google")
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        pdoc.pdoc("dynatree", output_directory=folder)
+        # By name, because `__all__` leaves them out; a package brings its own modules.
+        modules = pkgutil.iter_modules(dynatree.__path__, "dynatree.")
+        pdoc.pdoc("dynatree", *(entry.name for entry in modules), output_directory=folder)

@@ -7,7 +7,9 @@ what it finds, so that any machine can be described and checked.
 import base64
 import os
 import platform
+import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import urllib.error
@@ -39,12 +41,16 @@ HUB_TIMEOUT = 2.0
 
 TOOLS = {
     "latexmk": ("paper/main.pdf", "latexmk texlive-latex-base texlive-latex-recommended"),
+    "booktabs.sty": ("paper/main.pdf", "texlive-latex-base texlive-latex-recommended"),
     "chromium": ("the tests of the tree page", "chromium"),
     "node": ("the tests of the tree page", "nodejs"),
     "g++": ("runtime: compiled on a CPU", "g++"),
     "git": ("the commit in a result's provenance", "git"),
 }
-"""Commands: what needs them, and the Debian packages that have them."""
+"""Commands, and a style of TeX: what needs them, and the Debian packages that have them."""
+
+DRIVER = Path("/proc/driver/nvidia/version")
+"""Where Linux tells of an NVIDIA driver."""
 
 
 class Finding(Fact):
@@ -174,7 +180,7 @@ def examine(folder: Path) -> Machine:
             for place in (folder.resolve(), Path(tempfile.gettempdir()))
         },
         hub=reach(os.environ.get("HF_ENDPOINT", HUB)),
-        tools={tool: shutil.which(tool) for tool in TOOLS},
+        tools={tool: _where(tool) for tool in TOOLS},
         gpus=gpus,
         torch_error=torch_error,
         origin=origin,
@@ -218,6 +224,16 @@ def snakemakes(folder: Path) -> list[int]:
             except (psutil.Error, OSError):
                 continue
     return found
+
+
+def _where(tool: str) -> str | None:
+    if not tool.endswith(".sty"):
+        return shutil.which(tool)
+    try:
+        found = subprocess.run(["kpsewhich", tool], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip() or None
 
 
 def _version(name: str) -> str | None:
@@ -266,13 +282,17 @@ def runs_on(capability: tuple[int, int], built: Sequence[str]) -> bool:
 
 
 def _nvml() -> dict[str, Any]:
-    """Fields of `Gpus` that the driver knows; none without NVML."""
+    """Fields of `Gpus` that the driver knows; its version at most without NVML."""
     try:
         import pynvml
 
         pynvml.nvmlInit()
     except Exception:  # no package, no driver, or one that does not answer
-        return {}
+        try:
+            found = re.search(r"Kernel Module\D+([\d.]+)", DRIVER.read_text(encoding="utf-8"))
+        except OSError:
+            return {}
+        return {"driver": found[1] if found else "of unknown version"}
     try:
         newest = pynvml.nvmlSystemGetCudaDriverVersion()
         handles = [
