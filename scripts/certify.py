@@ -9,7 +9,7 @@ from dynatree.certificate import write_certificate
 from dynatree.certify import certify
 from dynatree.errors import reporting
 from dynatree.pairs import load_models
-from dynatree.progress import Progress, certifying
+from dynatree.progress import Progress, certifying, without_bars
 from dynatree.specs import parse_certificate_spec
 
 
@@ -21,6 +21,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     spec = parse_certificate_spec(arguments.spec)
+    without_bars()
     pair = load_models(spec.pair, spec.models)
     with Progress("certificate", "configurations") as shown:
         certificate = certify(spec, pair, certifying(shown, spec))

@@ -8,7 +8,7 @@ import torch
 from dynatree.errors import reporting
 from dynatree.measure import measure
 from dynatree.pairs import load_models
-from dynatree.progress import Progress, measuring
+from dynatree.progress import Progress, measuring, without_bars
 from dynatree.results import write_result
 from dynatree.specs import parse_spec
 
@@ -21,6 +21,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     spec = parse_spec(arguments.spec)
+    without_bars()
     pair = load_models(spec.pair, spec.models)
     with Progress(spec.name, "generations") as shown:
         result = measure(spec, pair, measuring(shown, spec.measure))

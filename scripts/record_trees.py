@@ -8,7 +8,7 @@ import torch
 from dynatree.errors import reporting
 from dynatree.observe import record_trees
 from dynatree.pairs import load_models
-from dynatree.progress import Progress, recording
+from dynatree.progress import Progress, recording, without_bars
 from dynatree.specs import parse_trees_spec
 from dynatree.tree_record import write_record
 
@@ -21,6 +21,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     spec = parse_trees_spec(arguments.spec)
+    without_bars()
     pair = load_models(spec.pair, spec.models)
     with Progress(spec.name, "prompts") as shown:
         record = record_trees(spec, pair, recording(shown, spec))

@@ -8,7 +8,7 @@ import torch
 from dynatree.embedded.train import train_pair
 from dynatree.errors import reporting
 from dynatree.pairs import resolve_device
-from dynatree.progress import Progress, training
+from dynatree.progress import Progress, training, without_bars
 from dynatree.recipes import parse_recipe
 
 
@@ -21,6 +21,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     recipe = parse_recipe(arguments.recipe)
+    without_bars()
     device = resolve_device(arguments.device)
     with Progress(arguments.out.name, "steps") as shown:
         train_pair(recipe, arguments.out, device, shown.say, training(shown, recipe))

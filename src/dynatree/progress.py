@@ -134,6 +134,16 @@ class Progress:
         print(text, file=self._out, flush=True)
 
 
+def without_bars() -> None:
+    """Switches off the bars that libraries draw while they load models, where a log has them."""
+    if not sys.stderr.isatty():
+        from huggingface_hub.utils import disable_progress_bars
+        from transformers.utils import logging
+
+        disable_progress_bars()
+        logging.disable_progress_bar()
+
+
 def duration(seconds: float) -> str:
     """Hours, minutes and seconds, such as 0:07, 12:30 or 1:02:03."""
     minutes, rest = divmod(round(seconds), 60)
