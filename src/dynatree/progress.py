@@ -137,10 +137,9 @@ class Progress:
 def without_bars() -> None:
     """Switches off the bars that libraries draw while they load models, where a log has them."""
     if not sys.stderr.isatty():
-        from huggingface_hub.utils import disable_progress_bars
         from transformers.utils import logging
 
-        disable_progress_bars()
+        # Those of the hub, too.
         logging.disable_progress_bar()
 
 
