@@ -4,18 +4,22 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: all marked test check paper report rerender reference clean
+.PHONY: all plan docs marked test check paper report rerender reference clean
 
 # Where `rerender` takes results from.
 RESULTS ?= docs/reference
 
-all: .venv/run
+all: plan
 	snakemake --cores all --resources gpu=1
 
 # The tables although some configurations fail: their rows are marked as missing, with the reason.
 marked: .venv/run
 	-snakemake --cores all --resources gpu=1 --keep-going
 	snakemake --cores all --resources gpu=1 --config missing=mark
+
+# What is stale, why, and for how long it will run.
+plan: .venv/run
+	dynatree plan
 
 # Everything that a change must pass, quickest first.
 # A file's tests stay in one process, because they share what is costly to make.
@@ -35,6 +39,10 @@ paper: .venv/run
 # A page with the figures, tables, rules and run times of what `make paper` made.
 report: paper
 	snakemake --cores all --report results/report.html -- rendered paper/main.pdf
+
+# Pages about the modules, from their docstrings.
+docs: .venv/test
+	python scripts/build_docs.py --out docs/api
 
 # Tables, figures, report and PDF from results that were measured elsewhere; measures nothing.
 rerender: .venv/run

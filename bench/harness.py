@@ -226,11 +226,13 @@ def write(
     measured: Mapping[str, Any],
     table: str,
     scope: str | None = None,
+    amount: str | None = None,
 ) -> None:
     """Writes the record of a benchmark and, beside it, its table; prints the table.
 
     Args:
         scope: what was run, for the caption; default: the prompts, all of them.
+        amount: how much of it; default: so many timed runs and new tokens.
     """
     spec = setting.spec
     origin = provenance(setting.device, spec.measure.seed)
@@ -249,10 +251,11 @@ def write(
     where = f"{origin['device']['name']}, {origin['device']['threads']} threads"
     versions = ", ".join(f"{name} {origin['versions'][name]}" for name in ("torch", "transformers"))
     scope = scope or f"{len(setting.prompts)} prompts"
+    measure = spec.measure
+    amount = amount or f"{measure.runs} timed runs, {measure.max_new_tokens} new tokens"
     caption = (
         f"Pair `{spec.pair}` in {spec.models.dtype}, runtime {spec.models.runtime}, on {where}; "
-        f"{scope}, {spec.measure.runs} timed runs, "
-        f"{spec.measure.max_new_tokens} new tokens; {versions}."
+        f"{scope}, {amount}; {versions}."
     )
     text = f"{table}\n{caption}\n"
     name = f"{benchmark}-{spec.pair}-{setting.device.type}-{spec.models.runtime}"

@@ -21,5 +21,6 @@ rule measure:
     params:
         spec=run_spec,
     shell:
+        "exec 3>&1; "
         "python {input.script} --spec {params.spec:q} --threads {threads} "
         "--busy {resources.busy} --out {output} 2>&1 | tee {log}"

@@ -21,5 +21,6 @@ rule train_pair:
         recipe=pair_recipe,
         device=pair_device,
     shell:
+        "exec 3>&1; "
         "python {input.script} --recipe {params.recipe:q} --device {params.device} "
         "--threads {threads} --busy {resources.busy} --out results/pairs/{wildcards.pair} 2>&1 | tee {log}"

@@ -21,6 +21,7 @@ rule record_trees:
     params:
         spec=trees_spec,
     shell:
+        "exec 3>&1; "
         "python {input.script} --spec {params.spec:q} --threads {threads} "
         "--busy {resources.busy} --out {output} 2>&1 | tee {log}"
 

@@ -4,10 +4,11 @@ import argparse
 from pathlib import Path
 from typing import get_args
 
-from dynatree.certificate import ConfigurationCheck, write_certificate
+from dynatree.certificate import write_certificate
 from dynatree.devices import Busy, cores, taken
 from dynatree.errors import reporting
 from dynatree.files import require_writable
+from dynatree.progress import Progress, certifying, without_bars
 from dynatree.specs import parse_certificate_spec
 
 
@@ -20,10 +21,6 @@ def main() -> None:
     arguments = parser.parse_args()
     spec = parse_certificate_spec(arguments.spec)
     require_writable(arguments.out)
-
-    def progress(check: ConfigurationCheck) -> None:
-        print(f"{check.name}: {check.verdict}", flush=True)
-
     with taken(spec.models.device, arguments.threads, "certify", arguments.busy):
         # Only now: what loads models also looks for GPUs.
         import torch
@@ -33,10 +30,15 @@ def main() -> None:
         from dynatree.pairs import load_models
 
         torch.set_num_threads(arguments.threads)
+        without_bars()
         # One configuration after the other.
         largest = max(spec.strategies.values(), key=lambda strategy: strategy.max_drafted)
-        with fitting("certify", spec.pair, spec.models, [largest], spec.max_new_tokens):
-            certificate = certify(spec, load_models(spec.pair, spec.models), progress)
+        with (
+            fitting("certify", spec.pair, spec.models, [largest], spec.max_new_tokens),
+            Progress("certificate", "configurations") as shown,
+        ):
+            pair = load_models(spec.pair, spec.models)
+            certificate = certify(spec, pair, certifying(shown, spec))
         write_certificate(arguments.out, certificate)
     certificate.require()
     print(f"lossless; certificate written to {arguments.out}")

@@ -8,6 +8,7 @@ from dynatree.devices import Busy, cores, flagged, taken
 from dynatree.errors import reporting
 from dynatree.failures import recording
 from dynatree.files import require_writable
+from dynatree.progress import Progress, measuring, without_bars
 from dynatree.results import write_result
 from dynatree.specs import parse_spec
 
@@ -21,12 +22,6 @@ def main() -> None:
     arguments = parser.parse_args()
     spec = parse_spec(arguments.spec)
     require_writable(arguments.out)
-    passes = spec.measure.warmup + spec.measure.runs
-
-    def progress(done: int, planned: int, speed: float) -> None:
-        if done * passes % planned == 0:
-            print(f"{spec.name}: {done} of {planned} generations, {speed:.1f} tokens/s", flush=True)
-
     what = f"measure {spec.name}"
     with (
         recording(arguments.out, spec.digest),
@@ -41,12 +36,17 @@ def main() -> None:
         from dynatree.strategies import Autoregressive
 
         torch.set_num_threads(arguments.threads)
+        without_bars()
         decoders = (Autoregressive(), spec.strategy)
-        with fitting(what, spec.pair, spec.models, decoders, spec.measure.max_new_tokens):
-            result = measure(spec, load_models(spec.pair, spec.models), progress)
+        with (
+            fitting(what, spec.pair, spec.models, decoders, spec.measure.max_new_tokens),
+            Progress(spec.name, "generations") as shown,
+        ):
+            pair = load_models(spec.pair, spec.models)
+            result = measure(spec, pair, measuring(shown, spec.measure))
+            shown.say(f"{result.totals.tokens_per_round:.2f} tokens per round")
         facts = flagged(result.provenance, lease.shared_with())
         write_result(arguments.out, result.model_copy(update={"provenance": facts}))
-    print(f"{spec.name}: {result.totals.tokens_per_round:.2f} tokens per round", flush=True)
 
 
 if __name__ == "__main__":

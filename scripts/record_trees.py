@@ -7,6 +7,7 @@ from typing import get_args
 from dynatree.devices import Busy, cores, taken
 from dynatree.errors import reporting
 from dynatree.files import require_writable
+from dynatree.progress import Progress, recording, without_bars
 from dynatree.specs import parse_trees_spec
 from dynatree.tree_record import write_record
 
@@ -20,10 +21,6 @@ def main() -> None:
     arguments = parser.parse_args()
     spec = parse_trees_spec(arguments.spec)
     require_writable(arguments.out)
-
-    def progress(rounds: int, tokens: int) -> None:
-        print(f"{spec.name}: {tokens} tokens in {rounds} rounds", flush=True)
-
     what = f"record the trees of {spec.name}"
     with taken(spec.models.device, arguments.threads, what, arguments.busy):
         # Only now: what loads models also looks for GPUs.
@@ -34,8 +31,13 @@ def main() -> None:
         from dynatree.pairs import load_models
 
         torch.set_num_threads(arguments.threads)
-        with fitting(what, spec.pair, spec.models, [spec.strategy], spec.max_new_tokens):
-            record = record_trees(spec, load_models(spec.pair, spec.models), progress)
+        without_bars()
+        with (
+            fitting(what, spec.pair, spec.models, [spec.strategy], spec.max_new_tokens),
+            Progress(spec.name, "prompts") as shown,
+        ):
+            pair = load_models(spec.pair, spec.models)
+            record = record_trees(spec, pair, recording(shown, spec))
         write_record(arguments.out, record)
     print(f"trees written to {arguments.out}")
 

@@ -7,6 +7,7 @@ from typing import get_args
 from dynatree.devices import Busy, cores, taken
 from dynatree.errors import reporting
 from dynatree.files import require_writable
+from dynatree.progress import Progress, training, without_bars
 from dynatree.recipes import parse_recipe
 
 
@@ -29,7 +30,10 @@ def main() -> None:
         from dynatree.pairs import resolve_device
 
         torch.set_num_threads(arguments.threads)
-        train_pair(recipe, arguments.out, resolve_device(arguments.device))
+        without_bars()
+        device = resolve_device(arguments.device)
+        with Progress(arguments.out.name, "steps") as shown:
+            train_pair(recipe, arguments.out, device, shown.say, training(shown, recipe))
 
 
 if __name__ == "__main__":

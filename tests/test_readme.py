@@ -1,6 +1,9 @@
 """Every number in the README's table comes from a committed result file."""
 
+import ast
 import json
+import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -70,3 +73,40 @@ def test_the_reference_aggregate_follows_from_its_runs(section):
 def test_a_readme_without_markers_is_refused():
     with pytest.raises(ResultError, match="put it back"):
         with_reference("# no markers", ROOT / REFERENCE)
+
+
+def texts(path):
+    """The strings of a Python file, with a gap for each value in them; all of another file."""
+    source = path.read_text(encoding="utf-8")
+    if path.suffix != ".py":
+        return [source]
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.append(node.value)
+        elif isinstance(node, ast.JoinedStr):
+            parts = (part.value if isinstance(part, ast.Constant) else "\0" for part in node.values)
+            found.append("".join(parts))
+    return found
+
+
+def messages():
+    section = (ROOT / "README.md").read_text().split("## Troubleshooting\n")[1].split("\n## ")[0]
+    return re.findall(r"^\| `(.+?)` \| .+ \|$", section, flags=re.MULTILINE)
+
+
+def test_every_message_under_troubleshooting_is_one_that_is_printed():
+    paths = [
+        *(ROOT / "src").rglob("*.py"),
+        *(ROOT / "rules").glob("*.smk"),
+        *(ROOT / "scripts").glob("*.sh"),
+        Path(find_spec("snakemake").origin).with_name("exceptions.py"),
+    ]
+    printed = [text for path in paths for text in texts(path)]
+    assert len(messages()) > 15
+    for message in messages():
+        # The end of a message that is given in part, and its values, are open.
+        pattern = ".*".join(re.escape(part) for part in message.split("…"))
+        assert any(re.search(pattern, text, flags=re.DOTALL) for text in printed), message
+        # Values alone would be found anywhere.
+        assert max(map(len, message.split("…"))) >= 12, message

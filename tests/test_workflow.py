@@ -274,6 +274,77 @@ def test_comments_order_of_keys_and_file_times_rerun_nothing(project):
     assert planned(project) == {}
 
 
+# What is stale, in words.
+
+
+def plan(folder, *targets):
+    """What `dynatree plan` prints, and its exit status."""
+    main = "from dynatree.cli import app; app()"
+    done = command(folder, "python", "-c", main, "plan", *targets)
+    return done.stdout, done.returncode
+
+
+def test_a_finished_project_has_nothing_to_do(project):
+    assert plan(project) == ("Nothing is stale.\n", 0)
+
+
+def test_the_plan_names_the_changed_field_and_what_follows(project):
+    CHANGES["one configuration"][0](project)
+    text, code = plan(project)
+    assert code == 0
+    # The recorded seconds of the run before stand for the next.
+    assert re.match(r"5 jobs, about (\d+ min )?\d+ s as last time\n", text)
+    assert re.search(
+        r"^measure micro/linear, about \d+ s as last time\n"
+        r"    strategy\.num_draft_tokens: before 3, now 2\n\w",
+        text,
+        flags=re.MULTILINE,
+    )
+    assert "    strategies.linear.num_draft_tokens: before 3, now 2\n" in text
+    assert "    configs.linear.run.num_draft_tokens: before 3, now 2\n" in text
+    assert "    follows certify, measure\n" in text
+    assert plan(project, str(RUN)) == ("Nothing is stale.\n", 0)
+
+
+def test_the_plan_names_the_changed_module_once_for_all_jobs(project):
+    CHANGES["an engine module"][0](project)
+    CHANGES["two values swapped"][0](project)
+    text, _ = plan(project, TABLE)
+    assert text.startswith("7 jobs, about ")
+    assert "measure micro/ar, micro/linear, micro/single_path, about " in text
+    assert re.search(
+        r"^measure micro/tree, about .*\n    changed: src/dynatree/tree\.py\n"
+        r"    strategy\.branch_factor: before 8, now 4; strategy\.depth: before 4, now 8\n",
+        text,
+        flags=re.MULTILINE,
+    )
+
+
+def test_what_has_no_result_takes_the_time_of_its_rule_where_there_is_one(project):
+    (project / RUN).unlink()
+    text, _ = plan(project)
+    assert re.search(
+        r"^measure micro/tree, about \d+ s as last time\n    its output is missing\n",
+        text,
+        flags=re.MULTILINE,
+    )
+    shutil.rmtree(project / ".snakemake")
+    text, _ = plan(project, str(RUN))
+    assert text == "1 job\nmeasure micro/tree\n    its output is missing\n"
+
+
+def test_a_plan_of_what_cannot_be_made_is_one_message(project):
+    text, code = plan(project, "nowhere.txt")
+    assert code == 1
+    assert text.startswith("error: snakemake cannot plan: ")
+    assert "nowhere.txt" in text
+    replace(project / CONFIG, "warmup: 0", "warmups: 0")
+    text, code = plan(project)
+    assert code == 1
+    assert "measure.warmups" in text
+    assert "Traceback" not in text
+
+
 # Experiments.
 
 EXPERIMENTS = """
@@ -615,3 +686,19 @@ def test_the_page_of_trees_is_made_and_goes_stale(project):
 
 
 TREE_SOURCES = (CONFIG, "src/dynatree/tree.py", "paper/templates/trees.js")
+
+
+def test_the_logs_of_jobs_are_a_few_plain_lines(first):
+    folder = first[0] / "results/logs"
+    said = {
+        "measure/micro/tree.log": "tree: run 2 of 2, 8 of 8 generations, ",
+        "certify.log": "certificate: 4 of 4 configurations, ",
+        "train_pair/micro.log": "micro: draft, loss ",
+    }
+    for name, words in said.items():
+        lines = (folder / name).read_bytes().decode().split("\n")
+        assert any(line.startswith(words) for line in lines)
+        assert len(lines) < 40
+        assert all(line.isprintable() for line in lines), name
+    # What goes to the log is shown, too.
+    assert said["measure/micro/tree.log"] in first[1]

@@ -5,11 +5,11 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from dynatree.config import load_config, parse_config
 from dynatree.errors import reporting
+from dynatree.progress import Progress, certifying, measuring
 from dynatree.specs import RunSpec
 
 typer_app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
@@ -106,22 +106,9 @@ def measure(
 
     _use_threads(threads)
     console = Console()
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[speed]:.1f} tokens/s"),
-        TimeRemainingColumn(),
-        console=console,
-    ) as bar:
-        task = bar.add_task(f"{spec.strategy.describe()}", total=None, speed=0.0)
-        result = measure_spec(
-            spec,
-            load_models(spec.pair, spec.models),
-            lambda done, planned, speed: bar.update(
-                task, completed=done, total=planned, speed=speed
-            ),
-        )
+    models = load_models(spec.pair, spec.models)
+    with Progress(name, "generations") as shown:
+        result = measure_spec(spec, models, measuring(shown, spec.measure))
     speeds = {
         method: sum(record.tokens for record in result.of(method))
         / sum(record.seconds for record in result.of(method))
@@ -167,15 +154,12 @@ def certify(
     from dynatree.pairs import load_models
 
     _use_threads(threads)
-    console = Console()
-    certificate = certify_spec(
-        spec,
-        load_models(spec.pair, spec.models),
-        lambda check: console.print(f"{check.name}: {check.verdict}"),
-    )
+    models = load_models(spec.pair, spec.models)
+    with Progress("certificate", "configurations") as shown:
+        certificate = certify_spec(spec, models, certifying(shown, spec))
     write_certificate(out, certificate)
     certificate.require()
-    console.print(f"lossless; certificate written to {out}")
+    typer.echo(f"lossless; certificate written to {out}")
 
 
 @typer_app.command()
@@ -199,6 +183,32 @@ def compare(
     from dynatree.compare import compare_files
 
     for line in compare_files(one, other).lines():
+        typer.echo(line)
+
+
+@typer_app.command()
+def doctor(
+    config: ConfigFile = Path("config.yaml"),
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, for a program.")] = False,
+) -> None:
+    """Shows what a bug report needs and finds common trouble; exits with 1 if a run would fail."""
+    from dynatree.doctor import diagnose, lines
+
+    report = diagnose(config, Path.cwd())
+    typer.echo(report.model_dump_json(indent=1) if as_json else "\n".join(lines(report)))
+    if not report.healthy:
+        raise SystemExit(1)
+
+
+@typer_app.command()
+def plan(
+    targets: Annotated[list[str] | None, typer.Argument(help="Files or rules to make.")] = None,
+) -> None:
+    """Says which jobs `snakemake TARGETS` would run, why, and for how long."""
+    # Snakemake takes a second to import.
+    from dynatree.plan import lines, planned
+
+    for line in lines(planned(targets or [])):
         typer.echo(line)
 
 

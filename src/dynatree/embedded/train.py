@@ -32,10 +32,16 @@ from dynatree.schema import canonical
 
 END_OF_TEXT = "<|endoftext|>"
 Report = Callable[[str], None]
+Steps = Callable[[str, int, int, float], None]
+"""Called after each training step with: role of the model, steps done, steps planned, loss."""
 
 
 def train_pair(
-    recipe: Recipe, folder: Path, device: torch.device, report: Report = print
+    recipe: Recipe,
+    folder: Path,
+    device: torch.device,
+    report: Report = print,
+    progress: Steps = lambda *_: None,
 ) -> dict[str, Any]:
     """Trains target and draft and saves both in hub format below `folder`.
 
@@ -71,7 +77,7 @@ def train_pair(
         recipe.target_steps,
         recipe.target_learning_rate,
         "target",
-        report,
+        progress,
     )
     lap("target")
 
@@ -88,7 +94,7 @@ def train_pair(
         recipe.draft_steps,
         recipe.draft_learning_rate,
         "draft",
-        report,
+        progress,
     )
     facts["agreement"] = agreement(draft, sequences[-held:], teacher[-held:])
     report(f"agreement on held-out rollouts: {facts['agreement']}")
@@ -220,7 +226,7 @@ def _fit(
     steps: int,
     learning_rate: float,
     role: str,
-    report: Report,
+    progress: Steps,
 ) -> float:
     """Trains with Muon on the layers' matrices and AdamW on the rest (Jordan et al., 2024).
 
@@ -257,8 +263,7 @@ def _fit(
         for optimizer in optimizers:
             optimizer.step()
         losses.append(loss.item())
-        if (step + 1) % 25 == 0 or step + 1 == steps:
-            report(f"{role}: step {step + 1} of {steps}, loss {losses[-1]:.3f}")
+        progress(role, step + 1, steps, losses[-1])
     model.eval()
     tail = losses[-max(1, steps // 10) :]
     return round(sum(tail) / len(tail), 4)
