@@ -46,6 +46,14 @@ wildcard_constraints:
     text="|".join(TEXTS),
 
 
+# What every job that loads the pair asks for. On a cluster Snakemake has no cores of its own to
+# share out, and inside a job it would see all those of the node.
+JOB = STUDY.job
+JOB_THREADS = (
+    JOB.threads if workflow.non_local_exec or workflow.remote_exec else workflow.cores
+)
+
+
 def run_files(names):
     """The result files of runs, once each."""
     return [f"{RUNS}/{STUDY.pair}/{name}.json" for name in dict.fromkeys(names)]

@@ -14,9 +14,12 @@ rule measure:
         "results/logs/measure/{pair}/{name}.log",
     conda:
         "../envs/dynatree.yaml"
-    threads: workflow.cores
+    threads: JOB_THREADS
     resources:
         gpu=1,
+        gpu_model=JOB.gpu_model,
+        mem_mb=JOB.memory_mb,
+        runtime=JOB.minutes,
     params:
         spec=run_spec,
     shell:

@@ -13,9 +13,12 @@ rule train_pair:
         "results/logs/train_pair/{pair}.log",
     conda:
         "../envs/dynatree.yaml"
-    threads: workflow.cores
+    threads: JOB_THREADS
     resources:
         gpu=1,
+        gpu_model=JOB.gpu_model,
+        mem_mb=JOB.memory_mb,
+        runtime=JOB.minutes,
     params:
         recipe=pair_recipe,
         device=pair_device,

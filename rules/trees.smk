@@ -14,9 +14,12 @@ rule record_trees:
         "results/logs/record_trees/{pair}/{name}.log",
     conda:
         "../envs/dynatree.yaml"
-    threads: workflow.cores
+    threads: JOB_THREADS
     resources:
         gpu=1,
+        gpu_model=JOB.gpu_model,
+        mem_mb=JOB.memory_mb,
+        runtime=JOB.minutes,
     params:
         spec=trees_spec,
     shell:

@@ -16,6 +16,7 @@ TOOLS = {
     "compiler": ("g++", "g++"),
     "browser": ("chromium", "chromium"),
     "node": ("node", "nodejs"),
+    "slurm": ("sbatch", "slurm-wlm munge"),
 }
 """What a marker needs: the command, and the packages that have it."""
 

@@ -62,6 +62,19 @@ def planned(folder, *targets):
     return {rule: int(count) for rule, count in jobs.items()}
 
 
+def copy_project(folder):
+    """Copies what the pipeline consists of, with the micro pair's configuration."""
+    for name in ("rules", "scripts", "src", "profiles", "envs", "paper/templates"):
+        shutil.copytree(
+            PROJECT / name,
+            folder / name,
+            ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"),
+        )
+    for name in ("Snakefile", "paper/main.tex", "paper/references.bib"):
+        shutil.copy2(PROJECT / name, folder / name)
+    shutil.copy2(PROJECT / "tests/micro.yaml", folder / "config.yaml")
+
+
 def replace(path, old, new):
     text = path.read_text()
     assert text.count(old) >= 1
@@ -76,15 +89,7 @@ def append(path, text):
 def first(tmp_path_factory):
     """A copy of the project that was run to the end once, and what that run printed."""
     folder = tmp_path_factory.mktemp("first") / "project"
-    for name in ("rules", "scripts", "src", "profiles", "envs", "paper/templates"):
-        shutil.copytree(
-            PROJECT / name,
-            folder / name,
-            ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"),
-        )
-    for name in ("Snakefile", "paper/main.tex", "paper/references.bib"):
-        shutil.copy2(PROJECT / name, folder / name)
-    shutil.copy2(PROJECT / "tests/micro.yaml", folder / "config.yaml")
+    copy_project(folder)
     where = command(folder, "python", "-c", "import dynatree; print(dynatree.__file__)").stdout
     assert where.strip() == str(folder / "src/dynatree/__init__.py")
     # One thread each: only `gpu` is left to keep two jobs from running side by side.
