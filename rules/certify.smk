@@ -1,5 +1,7 @@
 """The losslessness certificate of every configuration that a table needs, in one job."""
 
+CERTIFICATE_SPEC = STUDY.certificate_spec(STUDY.measured).canonical()
+
 
 rule certify:
     input:
@@ -21,7 +23,8 @@ rule certify:
         mem_mb=JOB.memory_mb,
         runtime=JOB.minutes,
     params:
-        spec=STUDY.certificate_spec(STUDY.measured).canonical(),
+        spec=CERTIFICATE_SPEC,
+        packed=pack(CERTIFICATE_SPEC),
     shell:
-        "python {input.script} --spec {params.spec:q} --threads {threads} --out {output} "
+        "python {input.script} --spec {params.packed} --threads {threads} --out {output} "
         "2>&1 | tee {log}"

@@ -6,6 +6,7 @@ from dynatree.ablation import BACKWARD
 from dynatree.committed import committed
 from dynatree.config import TEXTS, load_config, parse_config
 from dynatree.errors import ConfigError, ResultError
+from dynatree.packed import pack
 from dynatree.schema import canonical
 from dynatree.sources import PACKAGE, imported_sources, source_digest
 
@@ -49,9 +50,7 @@ wildcard_constraints:
 # What every job that loads the pair asks for. On a cluster Snakemake has no cores of its own to
 # share out, and inside a job it would see all those of the node.
 JOB = STUDY.job
-JOB_THREADS = (
-    JOB.threads if workflow.non_local_exec or workflow.remote_exec else workflow.cores
-)
+JOB_THREADS = JOB.threads if workflow.nodes or workflow.remote_exec else workflow.cores
 
 
 def run_files(names):
@@ -77,6 +76,11 @@ def section_figures(section):
 def section_study(wildcards):
     """All that a section of the paper depends on, as one string."""
     return STUDY.section(wildcards.section).canonical()
+
+
+def packed_section_study(wildcards):
+    """The same as a word of a command line."""
+    return pack(section_study(wildcards))
 
 
 # A trained pair is an input of every measurement; downloaded and local models are not built here.
@@ -156,6 +160,11 @@ def experiment_texts(wildcards):
 def experiment_study(wildcards):
     """All that an experiment depends on, as one string."""
     return STUDY.experiment(wildcards.experiment).canonical()
+
+
+def packed_experiment_study(wildcards):
+    """The same as a word of a command line."""
+    return pack(experiment_study(wildcards))
 
 
 def trees_spec(wildcards):

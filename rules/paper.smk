@@ -27,12 +27,13 @@ rule aggregate:
         "../envs/dynatree.yaml"
     params:
         study=section_study,
+        packed=packed_section_study,
         source_digest=MEASURED_BY,
         certificate=CERTIFICATE,
         certifying_digest=CERTIFIED_BY,
         runs=RUNS,
     shell:
-        "python {input.script} --config {params.study:q} --source-digest {params.source_digest} "
+        "python {input.script} --config {params.packed} --source-digest {params.source_digest} "
         "--certificate {params.certificate} --certifying-digest {params.certifying_digest} "
         "--results {params.runs} --json {output.json} --csv {output.csv} 2>&1 | tee {log}"
 

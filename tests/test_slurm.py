@@ -18,8 +18,9 @@ pytestmark = pytest.mark.slurm
 
 RUNS = Path("results/runs/micro")
 CLUSTER = "\ncluster: {threads: 1, memory_mb: 500, minutes: 7, gpu_model: h200}\n"
-# Clusters are asked less often, and have slower file systems.
+# Clusters are asked less often, have slower file systems, and keep accounts, which `sacct` reads.
 HASTE = (
+    "--slurm-status-command=squeue",
     "--slurm-init-seconds-before-status-checks=1",
     "--seconds-between-status-checks=1",
     "--latency-wait=5",
@@ -40,15 +41,21 @@ class Pipeline:
             "OMP_NUM_THREADS": "1",
             MARK: str(self.cluster.folder),
         }
+        profile = ("--workflow-profile", "profiles/slurm")
         return subprocess.Popen(
-            [sys.executable, "-m", "snakemake", TABLE, "--workflow-profile", "profiles/slurm"]
-            + [*HASTE],
+            [sys.executable, "-m", "snakemake", TABLE, *profile, *HASTE],
             cwd=self.folder,
             env=environment,
             text=True,
             stdout=(self.folder / "out.txt").open("w"),
             stderr=subprocess.STDOUT,
         )
+
+    def measuring(self, process: subprocess.Popen) -> list[str]:
+        """Ids of the measuring jobs that run."""
+        if process.poll() is not None:
+            pytest.fail(f"ended before a measurement ran:\n{self.output()}")
+        return self.cluster.running("measure")
 
     def output(self) -> str:
         return (self.folder / "out.txt").read_text()
@@ -78,7 +85,7 @@ def test_lost_jobs_and_a_lost_node_end_in_a_complete_table(pipeline):
     cluster = pipeline.cluster
     # A configuration's job is taken away while it runs; the others go on.
     process = pipeline.start()
-    job = wait_for(lambda: cluster.running("measure"), "a measurement", cluster, 120)[0]
+    job = wait_for(lambda: pipeline.measuring(process), "a measurement", cluster, 120)[0]
     facts = cluster.ask("scontrol", "show", "job", job)
     assert re.search(r"ArrayJobId=\d+ ArrayTaskId=\d", facts)
     assert "TresPerJob=gres:gpu:h200:1" in facts
@@ -95,7 +102,7 @@ def test_lost_jobs_and_a_lost_node_end_in_a_complete_table(pipeline):
 
     # The node goes while the next attempt runs on it, and comes back.
     process = pipeline.start()
-    wait_for(lambda: cluster.running("measure"), "the lost measurement", cluster)
+    wait_for(lambda: pipeline.measuring(process), "the lost measurement", cluster)
     cluster.pull_node()
     assert not (pipeline.folder / RUNS / f"{left.pop()}.json").exists()
     cluster.start_node()
