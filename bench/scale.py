@@ -245,8 +245,8 @@ def table(record: dict[str, Any]) -> str:
     cores = max(entry["cores"] for entry in entries)
     return (
         harness.markdown(["step", *sizes], rows)
-        + f"\nOn {cores} of the cores of {facts['machine']['processor']}, each step once; mean load "
-        f"of the machine over 5 minutes at the end of each size: {loads}; "
+        + f"\nOn {cores} of the cores of {facts['machine']['processor']}, each step once; mean "
+        f"load of the machine over 5 minutes at the end of each size: {loads}; "
         f"Snakemake {facts['versions']['snakemake']}, Python {facts['python']}.\n"
     )
 

@@ -39,5 +39,9 @@ for experiment in STUDY.experiments:
             experiment
         input:
             run_files(point.run for point in STUDY.points(experiment)),
-            expand(rules.aggregate_experiment.output, experiment=experiment),
+            expand(
+                "results/experiments/{experiment}.{kind}",
+                experiment=experiment,
+                kind=["json", "csv"],
+            ),
         localrule: True

@@ -17,6 +17,7 @@ TOOLS = {
     "browser": ("chromium", "chromium"),
     "node": ("node", "nodejs"),
     "slurm": ("sbatch", "slurm-wlm munge"),
+    "rsync": ("rsync", "rsync"),
 }
 """What a marker needs: the command, and the packages that have it."""
 
