@@ -10,11 +10,11 @@ from dynatree.aggregate import aggregate
 from dynatree.readme import with_benchmarks
 from dynatree.sources import PACKAGE, imported_sources, source_digest
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "bench"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 
 import scale
 
+ROOT = Path(__file__).parent.parent
 RECORD = scale.read(ROOT / "bench/results/scale.json")
 ENTRIES = {entry["configurations"]: entry for entry in RECORD["entries"]}
 
