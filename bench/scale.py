@@ -95,14 +95,14 @@ def simulate(size: int, progress: Callable[[str], None]) -> dict[str, Any]:
         folder = Path(name)
         study = prepare(folder, size)
         made = [TARGET, "--cores", "1", "--quiet"]
-        seconds = {"plan": snakemake(folder, "-n", "--quiet", TARGET)}
+        seconds = {"plan": snakemake(folder, TARGET, "-n", "--quiet")}
         progress(f"{size}: planned in {seconds['plan']:.1f} s")
         seconds["measure"] = snakemake(folder, *made, "--until", "measure")
         progress(f"{size}: measured in {seconds['measure']:.1f} s")
         snakemake(folder, *made)
         seconds["aggregate"] = aggregate(folder, study)
-        seconds["current"] = snakemake(folder, "-n", "--quiet", TARGET)
-        seconds["job"] = snakemake(folder, "-n", "--quiet", f"results/runs/{PAIR}/c0.json")
+        seconds["current"] = snakemake(folder, TARGET, "-n", "--quiet")
+        seconds["job"] = snakemake(folder, f"results/runs/{PAIR}/c0.json", "-n", "--quiet")
         aggregated = json.loads((folder / TARGET).read_text(encoding="utf-8"))
         assert len(aggregated["configurations"]) == size
         text = study.section("ablation").canonical()
