@@ -19,7 +19,7 @@ import pytest
 
 CLIENTS = ("sacct", "sacctmgr", "sbatch", "scancel", "scontrol", "sinfo", "squeue", "srun")
 MARK = "DYNATREE_TEST_SLURM"
-"""Variable in the environment of everything that runs on the node; holds the cluster's folder."""
+"""Variable in the environment of slurmd and what it starts; holds the cluster's folder."""
 
 CONFIG = """\
 ClusterName=test
@@ -42,8 +42,7 @@ AccountingStorageType=accounting_storage/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerParameters=sched_interval=2,bf_interval=2
-# A node that is silent for so many seconds is down, and its jobs are lost.
-SlurmdTimeout=5
+# A node that registers again is taken back, for whatever reason it was down.
 ReturnToService=2
 # The node may have more cores in here than the machine has.
 SlurmdParameters=config_overrides
@@ -104,7 +103,10 @@ class Slurm:
         wait_for(lambda: self.ask("sinfo", "-h", "-o", "%T") == "idle", "an idle node", self)
 
     def pull_node(self) -> None:
-        """Kills slurmd and all that runs on the node, as when its power fails."""
+        """Kills slurmd and all that runs on the node, as when its power fails.
+
+        The controller is told at once what it would find out when the node's time is over.
+        """
         slurmd = self.daemons.pop("slurmd")
         on_node = [process for process in psutil.process_iter() if self._is_on_node(process)]
         slurmd.kill()
@@ -112,6 +114,8 @@ class Slurm:
         for process in on_node:
             if process.is_running():
                 process.kill()
+        node = f"nodename={socket.gethostname()}"
+        self.ask("scontrol", "update", node, "state=down", "reason=pulled")
 
     def stop(self) -> None:
         if "slurmd" in self.daemons:
@@ -159,9 +163,12 @@ class Slurm:
 
     def _is_on_node(self, process: psutil.Process) -> bool:
         try:
-            return process.environ().get(MARK) == str(self.folder)
+            environment = process.environ()
         except psutil.Error:
             return False
+        # A job has the environment that it was submitted from.
+        job = "SLURM_JOB_ID" in environment and str(self.bin) in environment.get("PATH", "")
+        return job or environment.get(MARK) == str(self.folder)
 
 
 def free_ports(count: int) -> list[int]:

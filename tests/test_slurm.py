@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from slurm_cluster import MARK, slurm, wait_for  # noqa: F401 - a fixture
+from slurm_cluster import slurm, wait_for  # noqa: F401 - a fixture
 from test_workflow import TABLE, copy_project, planned, replace
 
 from dynatree.ablation import read_ablation
@@ -43,7 +43,6 @@ class Pipeline:
             "PATH": f"{self.cluster.bin}:{Path(sys.executable).parent}:{os.environ['PATH']}",
             "PYTHONPATH": str(self.folder / "src"),
             "OMP_NUM_THREADS": "1",
-            MARK: str(self.cluster.folder),
         }
         profile = ("--workflow-profile", "profiles/slurm")
         self.process = subprocess.Popen(
