@@ -47,7 +47,7 @@ if __name__ == "__main__":
 STEPS = {
     "plan": "`snakemake -n`, all to be made",
     "measure": "all measuring jobs, stubs",
-    "aggregate": "the aggregating script",
+    "aggregate": "the aggregation, and the certificate's stub",
     "current": "`snakemake -n`, all made",
     "job": "`snakemake -n` of one job",
 }
@@ -94,15 +94,17 @@ def simulate(size: int, progress: Callable[[str], None]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="scale-") as name:
         folder = Path(name)
         study = prepare(folder, size)
-        made = [TARGET, "--cores", "1", "--quiet"]
-        seconds = {"plan": snakemake(folder, TARGET, "-n", "--quiet")}
-        progress(f"{size}: planned in {seconds['plan']:.1f} s")
-        seconds["measure"] = snakemake(folder, *made, "--until", "measure")
-        progress(f"{size}: measured in {seconds['measure']:.1f} s")
-        snakemake(folder, *made)
-        seconds["aggregate"] = aggregate(folder, study)
-        seconds["current"] = snakemake(folder, TARGET, "-n", "--quiet")
-        seconds["job"] = snakemake(folder, f"results/runs/{PAIR}/c0.json", "-n", "--quiet")
+        seconds = {}
+
+        def step(name: str, *given: str) -> None:
+            seconds[name] = snakemake(folder, *given)
+            progress(f"{size}: {name} {seconds[name]:.1f} s")
+
+        step("plan", TARGET, "-n")
+        step("measure", TARGET, "--cores", "1", "--until", "measure")
+        step("aggregate", TARGET, "--cores", "1")
+        step("current", TARGET, "-n")
+        step("job", f"results/runs/{PAIR}/c0.json", "-n")
         aggregated = json.loads((folder / TARGET).read_text(encoding="utf-8"))
         assert len(aggregated["configurations"]) == size
         text = study.section("ablation").canonical()
@@ -185,25 +187,6 @@ def study_of(size: int, run: dict[str, Any], certificate: dict[str, Any]) -> dic
 
 def snakemake(folder: Path, *arguments: str) -> float:
     """Runs Snakemake in `folder` and returns its seconds; raises CalledProcessError."""
-    return _timed(folder, "-m", "snakemake", *arguments)
-
-
-def aggregate(folder: Path, study: Config) -> float:
-    """Runs the aggregating script as its rule does and returns its seconds."""
-    options = {
-        "config": pack(study.section("ablation").canonical()),
-        "source-digest": source_digest(PACKAGE / "measure.py"),
-        "certificate": "results/certificate.json",
-        "certifying-digest": source_digest(PACKAGE / "certify.py"),
-        "results": "results/runs",
-        "json": "again/ablation.json",
-        "csv": "again/ablation.csv",
-    }
-    given = [word for option, value in options.items() for word in (f"--{option}", value)]
-    return _timed(folder, "scripts/aggregate.py", *given)
-
-
-def _timed(folder: Path, *arguments: str) -> float:
     bin_folder = Path(sys.executable).parent
     environment = os.environ | {
         "PATH": f"{bin_folder}:{os.environ['PATH']}",
@@ -211,7 +194,11 @@ def _timed(folder: Path, *arguments: str) -> float:
     }
     began = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True
+        [sys.executable, "-m", "snakemake", *arguments, "--quiet"],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     seconds = time.perf_counter() - began
     if done.returncode:
@@ -255,7 +242,9 @@ PER_CONFIGURATION: dict[str, Callable[[dict[str, Any]], float]] = {
     "scheduling, with the stub's process": lambda entry: (
         (entry["seconds"]["measure"] - entry["seconds"]["plan"]) / entry["configurations"]
     ),
-    "aggregating": lambda entry: entry["seconds"]["aggregate"] / entry["configurations"],
+    "aggregating": lambda entry: (
+        (entry["seconds"]["aggregate"] - entry["seconds"]["current"]) / entry["configurations"]
+    ),
 }
 """Seconds for each configuration, from an entry of the record."""
 
