@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder")
     arguments = parser.parse_args()
     path = arguments.out / "scale.json"
-    entries = {}
+    entries: dict[int, dict[str, Any]] = {}
     if path.exists():
         entries = {entry["configurations"]: entry for entry in read(path)["entries"]}
     for size in arguments.sizes:
@@ -94,7 +94,7 @@ def simulate(size: int, progress: Callable[[str], None]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="scale-") as name:
         folder = Path(name)
         study = prepare(folder, size)
-        seconds = {}
+        seconds: dict[str, float] = {}
 
         def step(name: str, *given: str) -> None:
             seconds[name] = snakemake(folder, *given)
