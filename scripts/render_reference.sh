@@ -16,5 +16,4 @@ for text in numbers prose tables; do
 done
 python scripts/write_manifest.py --results "$folder" --runs "$folder/runs" --sections "${sections[@]}" \
     --templates paper/templates --paper "$folder" --figures "$folder" --out "$folder/manifest.json"
-python scripts/update_readme.py --readme README.md --reference "$folder" --benchmarks bench/results \
-    --pages docs/scale.md
+python scripts/update_readme.py --readme README.md --reference "$folder" --benchmarks bench/results
