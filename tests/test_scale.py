@@ -1,4 +1,4 @@
-"""The simulation of large studies: its stubs are results, and docs/scale.md says what it found."""
+"""The simulation of large studies: its stubs are results."""
 
 import sys
 from pathlib import Path
