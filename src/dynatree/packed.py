@@ -1,7 +1,7 @@
 """Long JSON as one short word of a command line.
 
 Linux refuses a single argument above 128 KiB, and Snakemake hands a whole command to the shell as
-one: the specification of some hundred configurations would not fit. Compressed, thousands do.
+one: the specification of a thousand configurations does not fit. Compressed, ten times as many do.
 """
 
 import base64
