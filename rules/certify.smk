@@ -1,6 +1,5 @@
 """The losslessness certificate of every configuration that a table needs, in one job."""
 
-
 rule certify:
     input:
         script="scripts/certify.py",
@@ -18,9 +17,13 @@ rule certify:
     resources:
         gpu=1,
         busy=STUDY.devices.busy,
+        gpu_model=JOB.gpu_model,
+        mem_mb=JOB.memory_mb,
+        runtime=JOB.minutes,
     params:
         spec=certificate_spec,
+        packed=packed_certificate_spec,
     shell:
         "exec 3>&1; "
-        "python {input.script} --spec {params.spec:q} --threads {threads} "
+        "python {input.script} --spec {params.packed} --threads {threads} "
         "--busy {resources.busy} --out {output} 2>&1 | tee {log}"

@@ -7,6 +7,7 @@ from dynatree.committed import committed
 from dynatree.config import TEXTS, load_config, parse_config
 from dynatree.errors import ConfigError, ResultError
 from dynatree.failures import failure_path
+from dynatree.packed import pack
 from dynatree.schema import canonical
 from dynatree.sources import PACKAGE, imported_sources, source_digest
 
@@ -53,12 +54,20 @@ TREES = [f"results/trees/{STUDY.pair}/{name}.json" for name in STUDY.trees.confi
 GPUS = (
     workflow.global_resources["gpu"].value if "gpu" in workflow.global_resources else 1
 )
-JOB_THREADS = max(1, workflow.cores // max(1, GPUS))
-
 
 wildcard_constraints:
     section="|".join(SECTIONS),
     text="|".join(TEXTS),
+
+
+# What every job that loads the pair asks for. On a cluster Snakemake has no cores of its own to
+# share out, and inside a job it would see all those of the node.
+JOB = STUDY.job
+JOB_THREADS = (
+    JOB.threads
+    if workflow.nodes or workflow.remote_exec
+    else max(1, workflow.cores // max(1, GPUS))
+)
 
 
 def run_files(names):
@@ -109,9 +118,19 @@ def certificate_spec(wildcards):
     return STUDY.certificate_spec(CERTIFIED).canonical()
 
 
+def packed_certificate_spec(wildcards):
+    """The same as a word of a command line."""
+    return pack(certificate_spec(wildcards))
+
+
 def section_study(wildcards):
     """All that a section of the paper depends on, as one string."""
     return STUDY.section(wildcards.section).canonical()
+
+
+def packed_section_study(wildcards):
+    """The same as a word of a command line."""
+    return pack(section_study(wildcards))
 
 
 # A trained pair is an input of every measurement; downloaded and local models are not built here.
@@ -191,6 +210,11 @@ def experiment_texts(wildcards):
 def experiment_study(wildcards):
     """All that an experiment depends on, as one string."""
     return STUDY.experiment(wildcards.experiment).canonical()
+
+
+def packed_experiment_study(wildcards):
+    """The same as a word of a command line."""
+    return pack(experiment_study(wildcards))
 
 
 def trees_spec(wildcards):

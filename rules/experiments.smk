@@ -19,9 +19,10 @@ rule aggregate_experiment:
         "../envs/dynatree.yaml"
     params:
         study=experiment_study,
+        packed=packed_experiment_study,
         source_digest=source_digest(PACKAGE / "measure.py"),
     shell:
-        "python {input.script} --config {params.study:q} --experiment {wildcards.experiment} "
+        "python {input.script} --config {params.packed} --experiment {wildcards.experiment} "
         "--source-digest {params.source_digest} --results results/runs --json {output.json} "
         "--csv {output.csv} 2>&1 | tee {log}"
 
@@ -38,5 +39,9 @@ for experiment in STUDY.experiments:
             experiment
         input:
             run_files(point.run for point in STUDY.points(experiment)),
-            expand(rules.aggregate_experiment.output, experiment=experiment),
+            expand(
+                "results/experiments/{experiment}.{kind}",
+                experiment=experiment,
+                kind=["json", "csv"],
+            ),
         localrule: True

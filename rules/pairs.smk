@@ -17,6 +17,9 @@ rule train_pair:
     resources:
         gpu=1,
         busy=STUDY.devices.busy,
+        gpu_model=JOB.gpu_model,
+        mem_mb=JOB.memory_mb,
+        runtime=JOB.minutes,
     params:
         recipe=pair_recipe,
         device=pair_device,

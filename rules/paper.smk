@@ -27,13 +27,14 @@ rule aggregate:
         "../envs/dynatree.yaml"
     params:
         study=section_study,
+        packed=packed_section_study,
         source_digest=MEASURED_BY,
         certificate=CERTIFICATE,
         certifying_digest=CERTIFIED_BY,
         runs=RUNS,
         missing="mark" if MARKED else "refuse",
     shell:
-        "python {input.script} --config {params.study:q} --source-digest {params.source_digest} "
+        "python {input.script} --config {params.packed} --source-digest {params.source_digest} "
         "--certificate {params.certificate} --certifying-digest {params.certifying_digest} "
         "--results {params.runs} --missing {params.missing} --json {output.json} "
         "--csv {output.csv} 2>&1 | tee {log}"
@@ -44,7 +45,7 @@ rule section_text:
         script="scripts/render_table.py",
         sources=imported_sources("scripts/render_table.py"),
         template="paper/templates/ablation.tex.j2",
-        ablation=rules.aggregate.output.json,
+        ablation="results/{section}.json",
         aggregated_by=AGGREGATING,
         runs=lambda wildcards: section_runs(wildcards.section),
     output:
@@ -64,7 +65,7 @@ rule section_figure:
     input:
         script="scripts/draw_figure.py",
         sources=imported_sources("scripts/draw_figure.py"),
-        ablation=rules.aggregate.output.json,
+        ablation="results/{section}.json",
         aggregated_by=AGGREGATING,
         runs=lambda wildcards: section_runs(wildcards.section),
     output:
@@ -91,7 +92,7 @@ rule section_detail:
     input:
         script="scripts/draw_figure.py",
         sources=imported_sources("scripts/draw_figure.py"),
-        ablation=rules.aggregate.output.json,
+        ablation="results/{section}.json",
         aggregated_by=AGGREGATING,
         runs=lambda wildcards: section_runs(wildcards.section),
     output:
@@ -145,7 +146,7 @@ rule paper_text:
         script="scripts/render_paper.py",
         sources=imported_sources("scripts/render_paper.py"),
         template="paper/templates/{text}.tex.j2",
-        ablations=expand(rules.aggregate.output.json, section=SECTIONS),
+        ablations=expand("results/{section}.json", section=SECTIONS),
         aggregated_by=AGGREGATING,
         runs=lambda wildcards: ALL_RUNS,
     output:
@@ -169,12 +170,14 @@ rule manifest:
         script="scripts/write_manifest.py",
         sources=imported_sources("scripts/write_manifest.py"),
         templates=expand("paper/templates/{text}.tex.j2", text=["ablation", *TEXTS]),
-        ablations=expand(rules.aggregate.output.json, section=SECTIONS),
+        ablations=expand("results/{section}.json", section=SECTIONS),
         aggregated_by=AGGREGATING,
         runs=lambda wildcards: ALL_RUNS,
-        sections=expand(rules.section_text.output, section=SECTIONS),
-        texts=expand(rules.paper_text.output, text=TEXTS),
-        figures=expand(rules.section_figure.output, section=SECTIONS),
+        sections=expand("paper/{section}.tex", section=SECTIONS),
+        texts=expand("paper/{text}.tex", text=TEXTS),
+        figures=expand(
+            "paper/figures/{section}.{kind}", kind=["pdf", "png"], section=SECTIONS
+        ),
     output:
         "paper/manifest.json",
     log:
@@ -194,19 +197,19 @@ rule manifest:
 # All tables and figures of all sections; needs no TeX.
 rule rendered:
     input:
-        expand(rules.section_text.output, section=SECTIONS),
+        expand("paper/{section}.tex", section=SECTIONS),
         [figure for section in SECTIONS for figure in section_figures(section)],
-        expand(rules.roofline_figure.output.pdf, record=ROOFLINES),
+        expand("paper/figures/roofline-{record}.pdf", record=ROOFLINES),
 
 
 rule paper:
     input:
         main="paper/main.tex",
         references="paper/references.bib",
-        sections=expand(rules.section_text.output, section=SECTIONS),
-        texts=expand(rules.paper_text.output, text=TEXTS),
-        figures=expand(rules.section_figure.output.pdf, section=SECTIONS),
-        manifest=rules.manifest.output,
+        sections=expand("paper/{section}.tex", section=SECTIONS),
+        texts=expand("paper/{text}.tex", text=TEXTS),
+        figures=expand("paper/figures/{section}.pdf", section=SECTIONS),
+        manifest="paper/manifest.json",
     output:
         "paper/main.pdf",
     log:

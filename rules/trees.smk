@@ -18,6 +18,9 @@ rule record_trees:
     resources:
         gpu=1,
         busy=STUDY.devices.busy,
+        gpu_model=JOB.gpu_model,
+        mem_mb=JOB.memory_mb,
+        runtime=JOB.minutes,
     params:
         spec=trees_spec,
     shell:

@@ -9,13 +9,12 @@ from dynatree.aggregate import aggregate, to_csv
 from dynatree.config import parse_config
 from dynatree.errors import reporting
 from dynatree.files import write_text
+from dynatree.packed import unpack
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--config", required=True, type=json.loads, help="the whole configuration as JSON"
-    )
+    parser.add_argument("--config", required=True, help="the configuration as JSON, or packed")
     parser.add_argument("--source-digest", required=True, help="digest of the measuring code")
     parser.add_argument("--certificate", required=True, type=Path)
     parser.add_argument("--certifying-digest", required=True, help="digest of the certifying code")
@@ -26,7 +25,7 @@ def main() -> None:
     parser.add_argument("--json", required=True, type=Path)
     parser.add_argument("--csv", required=True, type=Path)
     arguments = parser.parse_args()
-    config = parse_config(arguments.config)
+    config = parse_config(json.loads(unpack(arguments.config)))
     certificate = (arguments.certificate, arguments.certifying_digest)
     mark = arguments.missing == "mark"
     ablation = aggregate(config, arguments.results, arguments.source_digest, certificate, mark)

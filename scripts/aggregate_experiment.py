@@ -9,13 +9,12 @@ from dynatree.config import parse_config
 from dynatree.errors import reporting
 from dynatree.experiments import write_experiment
 from dynatree.files import write_text
+from dynatree.packed import unpack
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--config", required=True, type=json.loads, help="the whole configuration as JSON"
-    )
+    parser.add_argument("--config", required=True, help="the configuration as JSON, or packed")
     parser.add_argument("--experiment", required=True)
     parser.add_argument("--source-digest", required=True, help="digest of the measuring code")
     parser.add_argument("--results", required=True, type=Path)
@@ -23,7 +22,7 @@ def main() -> None:
     parser.add_argument("--csv", required=True, type=Path)
     arguments = parser.parse_args()
     experiment = aggregate_experiment(
-        parse_config(arguments.config),
+        parse_config(json.loads(unpack(arguments.config))),
         arguments.experiment,
         arguments.results,
         arguments.source_digest,

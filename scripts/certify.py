@@ -8,18 +8,19 @@ from dynatree.certificate import write_certificate
 from dynatree.devices import Busy, cores, taken
 from dynatree.errors import reporting
 from dynatree.files import require_writable
+from dynatree.packed import unpack
 from dynatree.progress import Progress, certifying, without_bars
 from dynatree.specs import parse_certificate_spec
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--spec", required=True, help="the certificate's specification as JSON")
+    parser.add_argument("--spec", required=True, help="the specification as JSON, or packed")
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--threads", type=int, default=len(cores()))
     parser.add_argument("--busy", choices=get_args(Busy), default="wait")
     arguments = parser.parse_args()
-    spec = parse_certificate_spec(arguments.spec)
+    spec = parse_certificate_spec(unpack(arguments.spec))
     require_writable(arguments.out)
     with taken(spec.models.device, arguments.threads, "certify", arguments.busy):
         # Only now: what loads models also looks for GPUs.

@@ -25,6 +25,8 @@ TOOLS = {
     "compiler": ("g++", "g++"),
     "browser": ("chromium", "chromium"),
     "node": ("node", "nodejs"),
+    "slurm": ("sbatch", "slurm-wlm munge"),
+    "rsync": ("rsync", "rsync"),
 }
 """What a marker needs: the command, and the packages that have it."""
 

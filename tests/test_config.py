@@ -1,10 +1,12 @@
 """One schema: what is wrong in config.yaml is said once, with path, value and fix."""
 
 import copy
+import re
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import synthetic
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
@@ -272,4 +274,41 @@ def test_a_section_may_not_be_called_as_another_part_of_the_paper(data):
 def test_a_section_of_an_unknown_table_is_refused(data):
     put(data, "sections.families", ["adaptve"])
     with pytest.raises(ConfigError, match=r"sections\.families\.0: unknown table .*'adaptive'"):
+        parse_config(data)
+
+
+# What a job asks a cluster for.
+
+
+def test_a_pair_changes_what_a_job_asks_a_cluster_for():
+    data = {**synthetic.config().model_dump(), "cluster": {"threads": 4, "memory_mb": 9000}}
+    data["pairs"]["micro"]["cluster"] = {"memory_mb": 40_000, "gpu_model": "h100"}
+    job = parse_config(data).job
+    assert (job.threads, job.memory_mb, job.minutes, job.gpu_model) == (4, 40_000, 60, "h100")
+
+
+def test_no_result_depends_on_what_a_job_asks_a_cluster_for():
+    plain = synthetic.config()
+    data = {**plain.model_dump(), "cluster": {"threads": 4, "minutes": 5}}
+    data["pairs"]["micro"]["cluster"] = {"memory_mb": 40_000}
+    asking = parse_config(data)
+    assert asking.job != plain.job
+    assert asking.canonical() == plain.canonical()
+    assert asking.section("ablation").canonical() == plain.section("ablation").canonical()
+    assert asking.spec("tree") == plain.spec("tree")
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "message"),
+    [
+        ("study", {"minutes": 0}, "cluster.minutes: input should be greater than or equal to 1"),
+        ("study", {"memory": 5}, "cluster.memory: unknown key; remove it or correct its name"),
+        ("pair", {"threads": 1.5}, "pairs.micro.cluster.threads: input should be a valid integer"),
+        ("pair", {"gpu_model": "h100; rm"}, "pairs.micro.cluster.gpu_model: string should match"),
+    ],
+)
+def test_a_wrong_request_to_a_cluster_is_named(where, value, message):
+    data = synthetic.config().model_dump()
+    (data if where == "study" else data["pairs"]["micro"])["cluster"] = value
+    with pytest.raises(ConfigError, match=re.escape(message)):
         parse_config(data)

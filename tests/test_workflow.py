@@ -64,16 +64,6 @@ def planned(folder, *targets):
     return {rule: int(count) for rule, count in jobs.items()}
 
 
-def replace(path, old, new):
-    text = path.read_text()
-    assert text.count(old) >= 1
-    path.write_text(text.replace(old, new, 1))
-
-
-def append(path, text):
-    path.write_text(path.read_text() + text)
-
-
 def copy_project(folder):
     """A copy of what the pipeline is made of, with the configuration of the micro pair."""
     for name in ("rules", "scripts", "src", "profiles", "envs", "paper/templates"):
@@ -86,6 +76,16 @@ def copy_project(folder):
         shutil.copy2(PROJECT / name, folder / name)
     shutil.copy2(PROJECT / "tests/micro.yaml", folder / "config.yaml")
     return folder
+
+
+def replace(path, old, new):
+    text = path.read_text()
+    assert text.count(old) >= 1
+    path.write_text(text.replace(old, new, 1))
+
+
+def append(path, text):
+    path.write_text(path.read_text() + text)
 
 
 @pytest.fixture(scope="session")

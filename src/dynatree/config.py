@@ -87,10 +87,27 @@ class Devices(Section):
     mixed: Literal["refuse", "group"] = "refuse"
 
 
+class Cluster(Section):
+    """What a job that loads the pair asks a cluster for; nothing that a result depends on.
+
+    Attributes:
+        threads: CPU cores of the job; elsewhere a job takes all that Snakemake was given.
+        memory_mb: of the host, in MB.
+        minutes: after which the cluster may stop the job.
+        gpu_model: as the cluster calls it, such as `h100`; None takes any.
+    """
+
+    threads: Count = 8
+    memory_mb: Count = 16_000
+    minutes: Count = 60
+    gpu_model: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] | None = None
+
+
 class PairSpec(Models):
     """The models of a pair, and what changes when that pair is the one in use."""
 
     note: Text | None = None
+    cluster: dict[str, Any] = {}
     measure: dict[str, Any] = {}
     strategies: dict[Name, dict[str, Any]] = {}
 
@@ -214,6 +231,7 @@ class Config(Section):
     workloads: Annotated[dict[Name, Workload], Field(min_length=1)]
     measure: Measure
     devices: Devices = Devices()
+    cluster: Cluster = Cluster()
     certificate: Certification = Certification()
     trees: TreePage = TreePage()
     configs: Annotated[dict[Name, RunConfig], Field(min_length=1)]
@@ -290,6 +308,10 @@ class Config(Section):
                 )
             except ValidationError as error:
                 problems += problem_lines(error, f"pairs.{name}.measure")
+            try:
+                self._cluster_for(spec)
+            except ValidationError as error:
+                problems += problem_lines(error, f"pairs.{name}.cluster")
             for config, overrides in spec.strategies.items():
                 path = f"pairs.{name}.strategies.{config}"
                 if known(path, config, self.configs, "configuration"):
@@ -376,6 +398,9 @@ class Config(Section):
     def _measure_for(self, spec: PairSpec) -> Measure:
         return Measure.model_validate({**self.measure.model_dump(), **spec.measure})
 
+    def _cluster_for(self, spec: PairSpec) -> Cluster:
+        return Cluster.model_validate({**self.cluster.model_dump(), **spec.cluster})
+
     @property
     def pair_spec(self) -> PairSpec:
         """The pair in use."""
@@ -385,6 +410,11 @@ class Config(Section):
     def measurement(self) -> Measure:
         """The measuring settings, with the pair's own values applied."""
         return self._measure_for(self.pair_spec)
+
+    @property
+    def job(self) -> Cluster:
+        """What a job asks a cluster for, with the pair's own values applied."""
+        return self._cluster_for(self.pair_spec)
 
     @property
     def workload(self) -> Workload:
@@ -440,9 +470,13 @@ class Config(Section):
     def canonical(self) -> str:
         """One JSON text for equal configurations; `parse_config` reads it back.
 
-        Only the order of tables and grids counts, because they are shown in it.
+        Only the order of tables and grids counts, because they are shown in it. What jobs ask a
+        cluster for is left out, so that more memory makes nothing stale.
         """
-        data = json.loads(canonical(self.model_dump(mode="json")))
+        kept = self.model_dump(
+            mode="json", exclude={"cluster": True, "pairs": {"__all__": {"cluster"}}}
+        )
+        data = json.loads(canonical(kept))
         data["tables"] = self.tables
         data["sections"] = self.sections
         data["experiments"] = {
