@@ -8,7 +8,7 @@ import pytest
 import synthetic
 from matplotlib.figure import Figure
 
-from dynatree import breakdown, figures
+from dynatree import breakdown, drawing, figures
 from dynatree.ablation import Estimate, Interval, read_ablation
 from dynatree.errors import ResultError
 from dynatree.points import Cell, Point, RoundTime, Series
@@ -56,7 +56,7 @@ def test_both_files_are_written_and_equal_data_gives_equal_bytes(tmp_path, ablat
         files = {}
         for name, figure in every_figure(ablation).items():
             pdf, png = (tmp_path / attempt / f"{name}.{ending}" for ending in ("pdf", "png"))
-            figures.save(figure, pdf, png)
+            drawing.save(figure, pdf, png)
             files[name] = (pdf.read_bytes(), png.read_bytes())
         written.append(files)
     assert written[0] == written[1]
@@ -74,7 +74,7 @@ def test_both_files_are_written_and_equal_data_gives_equal_bytes(tmp_path, ablat
 def test_a_label_is_text_and_no_formula(tmp_path, label):
     study = synthetic.config(labels={"tree": label})
     for name, figure in every_figure(synthetic.ablation(tmp_path, study)).items():
-        figures.save(figure, tmp_path / "a.pdf", tmp_path / f"{name}.png")
+        drawing.save(figure, tmp_path / "a.pdf", tmp_path / f"{name}.png")
         assert (tmp_path / f"{name}.png").stat().st_size > 1_000
 
 

@@ -13,9 +13,10 @@ import synthetic
 from dynatree.ablation import write_ablation
 from dynatree.cli import app
 from dynatree.config import TEXTS
+from dynatree.drawing import save
 from dynatree.errors import ResultError
 from dynatree.evidence import read_evidence
-from dynatree.figures import bars, save
+from dynatree.figures import bars
 from dynatree.files import digest_of
 from dynatree.manifest import (
     Manifest,

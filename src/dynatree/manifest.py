@@ -14,10 +14,11 @@ from pydantic import model_validator
 
 from dynatree.ablation import Ablation
 from dynatree.config import TEXTS
+from dynatree.drawing import save
 from dynatree.errors import ResultError
 from dynatree.evidence import Evidence, read_evidence
 from dynatree.facts import Fact, read_facts, write_facts
-from dynatree.figures import bars, save
+from dynatree.figures import bars
 from dynatree.files import digest_of
 from dynatree.numbers import text
 from dynatree.render import Page, Shown, render
