@@ -20,17 +20,17 @@ if not TAKEN:
     include: "rules/trees.smk"
 
 
+include: "rules/experiments.smk"
 include: "rules/paper.smk"
-
-
-if not TAKEN:
-
-    include: "rules/experiments.smk"
+include: "rules/targets.smk"
 
 
 localrules:
     all,
     aggregate,
+    aggregate_experiment,
+    experiment_text,
+    experiment_figure,
     section_text,
     section_figure,
     paper_text,

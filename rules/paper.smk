@@ -144,7 +144,10 @@ rule paper_text:
         sources=imported_sources("scripts/render_paper.py"),
         template="paper/templates/{text}.tex.j2",
         ablations=expand(rules.aggregate.output.json, section=SECTIONS),
-        aggregated_by=AGGREGATING,
+        experiments=expand(
+            rules.aggregate_experiment.output.json, experiment=PAPER_EXPERIMENTS
+        ),
+        aggregated_by=[*AGGREGATING, *AGGREGATING_EXPERIMENT],
         runs=lambda wildcards: ALL_RUNS,
     output:
         "paper/{text}.tex",
@@ -155,9 +158,11 @@ rule paper_text:
     params:
         study=STUDY.canonical(),
         sections=SECTIONS,
+        experiments=PAPER_EXPERIMENTS,
         runs=RUNS,
     shell:
         "python {input.script} --results results --runs {params.runs} --sections {params.sections} "
+        "--experiments {params.experiments} "
         "--template {input.template} --out {output} 2>&1 | tee {log}"
 
 
@@ -166,13 +171,24 @@ rule manifest:
     input:
         script="scripts/write_manifest.py",
         sources=imported_sources("scripts/write_manifest.py"),
-        templates=expand("paper/templates/{text}.tex.j2", text=["ablation", *TEXTS]),
+        templates=expand(
+            "paper/templates/{text}.tex.j2", text=["ablation", "experiment", *TEXTS]
+        ),
         ablations=expand(rules.aggregate.output.json, section=SECTIONS),
-        aggregated_by=AGGREGATING,
+        experiments=expand(
+            rules.aggregate_experiment.output.json, experiment=PAPER_EXPERIMENTS
+        ),
+        aggregated_by=[*AGGREGATING, *AGGREGATING_EXPERIMENT],
         runs=lambda wildcards: ALL_RUNS,
         sections=expand(rules.section_text.output, section=SECTIONS),
         texts=expand(rules.paper_text.output, text=TEXTS),
         figures=expand(rules.section_figure.output, section=SECTIONS),
+        experiment_texts=expand(
+            rules.experiment_text.output, experiment=PAPER_EXPERIMENTS
+        ),
+        experiment_figures=expand(
+            rules.experiment_figure.output, experiment=PAPER_EXPERIMENTS
+        ),
     output:
         "paper/manifest.json",
     log:
@@ -182,18 +198,22 @@ rule manifest:
     params:
         study=STUDY.canonical(),
         sections=SECTIONS,
+        experiments=PAPER_EXPERIMENTS,
         runs=RUNS,
     shell:
         "python {input.script} --results results --runs {params.runs} --sections {params.sections} "
+        "--experiments {params.experiments} "
         "--templates paper/templates --paper paper --figures paper/figures --out {output} "
         "2>&1 | tee {log}"
 
 
-# All tables and figures of all sections; needs no TeX.
+# All tables and figures of all sections and of the paper's experiments; needs no TeX.
 rule rendered:
     input:
         expand(rules.section_text.output, section=SECTIONS),
         [figure for section in SECTIONS for figure in section_figures(section)],
+        expand(rules.experiment_text.output, experiment=PAPER_EXPERIMENTS),
+        expand(rules.experiment_figure.output, experiment=PAPER_EXPERIMENTS),
         expand(rules.roofline_figure.output.pdf, record=ROOFLINES),
 
 
@@ -204,6 +224,12 @@ rule paper:
         sections=expand(rules.section_text.output, section=SECTIONS),
         texts=expand(rules.paper_text.output, text=TEXTS),
         figures=expand(rules.section_figure.output.pdf, section=SECTIONS),
+        experiment_texts=expand(
+            rules.experiment_text.output, experiment=PAPER_EXPERIMENTS
+        ),
+        experiment_figures=expand(
+            rules.experiment_figure.output.pdf, experiment=PAPER_EXPERIMENTS
+        ),
         manifest=rules.manifest.output,
     output:
         "paper/main.pdf",

@@ -152,6 +152,11 @@ class Experiment(Fact):
                 raise ValueError(f"{point.name}: its reference {point.reference!r} is no point")
         return self
 
+    @property
+    def swept(self) -> list[list[PointFacts]]:
+        """The shown points of each row that is the best of several at its places."""
+        return [points for _, points in self.rows if len(self.rivals(points[0])) > 1]
+
     def rivals(self, point: PointFacts) -> list[PointFacts]:
         """The candidates of the row of `point` at its place in the grid, itself among them."""
         place = (point.row, point.values)
