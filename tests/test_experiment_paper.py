@@ -95,7 +95,7 @@ def test_bars_hold_throughput_and_speedup(tmp_path):
     assert [bar.get_width() for bar in axes.patches] == [
         point.throughput.value for point in experiment.shown
     ]
-    assert axes.get_title(loc="left") == "new tokens 13, words"
+    assert axes.get_title(loc="left") == "13 new tokens, words"
 
 
 def runs_of(kind):
@@ -217,7 +217,7 @@ def test_a_change_with_length_is_larger_or_smaller_or_neither(tmp_path):
         ("c", NOISE, "no difference beyond noise"),
     ):
         text = said(grid(tmp_path / name, "curves", {last: speedups}))
-        assert "At new tokens 52 its speedup is" in text
+        assert "At 52 new tokens its speedup is" in text
         assert words in text
 
 

@@ -50,11 +50,15 @@ def value_words(value: Value) -> str:
 
 
 def place_words(values: dict[str, Value]) -> str:
-    """A place in the grid: `depth 4, branch factor 2`; a text says by itself what it is."""
-    return ", ".join(
-        value_words(value) if isinstance(value, str) else f"{axis_words(axis)} {value_words(value)}"
-        for axis, value in values.items()
-    )
+    """A place in the grid: `depth 4, 64 new tokens`; a text says by itself what it is."""
+    parts = []
+    for axis, value in values.items():
+        words, shown = axis_words(axis), value_words(value)
+        if isinstance(value, str):
+            parts.append(shown)
+        else:
+            parts.append(f"{shown} {words}" if words.endswith("tokens") else f"{words} {shown}")
+    return ", ".join(parts)
 
 
 class Prediction(Fact):
