@@ -1,6 +1,7 @@
 """What the paper shows of an experiment: figures, sentences and tables say what was measured."""
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,9 @@ from dynatree.manifest import describe, make_manifest, pages, write_manifest
 from dynatree.render import render_experiment
 from dynatree.trace import lookup
 
-TEMPLATES = Path(__file__).parent.parent / "paper/templates"
+ROOT = Path(__file__).parent.parent
+TEMPLATES = ROOT / "paper/templates"
+HOSTILE = r"A & B 50% a_b #1 ~ $x$ \ { } ^ \input{/etc/passwd}"
 NOISE = [0.8, 0.9, 1.1, 1.3]
 KINDS = {
     "bars": (["ar", "tuned", "tree"], {"max_new_tokens": [13], "workload": ["words"]}),
@@ -321,3 +324,42 @@ def test_a_figure_of_an_experiment_changed_by_hand_is_found(tmp_path):
 def test_the_paper_takes_the_experiments_in(tmp_path):
     paper(tmp_path, "budget")
     assert r"\input{experiments/grid}" in (tmp_path / "prose.tex").read_text()
+
+
+DOCUMENT = r"""\documentclass{article}
+\usepackage[margin=1in]{geometry}
+\usepackage{amsmath}
+\usepackage{booktabs}
+\usepackage{graphicx}
+\begin{document}
+%s
+\end{document}
+"""
+
+
+@pytest.mark.tex
+@pytest.mark.parametrize("prompts", [1, 4])
+def test_every_kind_compiles_whatever_its_names_are(tmp_path, prompts):
+    inputs = []
+    for kind in KINDS:
+        experiment = grid(tmp_path / kind, kind, prompts=prompts)
+        hostile = experiment.model_copy(
+            update={
+                "title": HOSTILE,
+                "experiment": kind,
+                "points": [
+                    point.model_copy(update={"label": HOSTILE}) for point in experiment.points
+                ],
+            }
+        )
+        write_text(tmp_path / f"{kind}.tex", rendered(hostile).text)
+        figure = tmp_path / "figures/experiments" / kind
+        save(draw(hostile), figure.with_suffix(".pdf"), figure.with_suffix(".png"))
+        inputs.append(rf"\input{{{kind}}}")
+    (tmp_path / "main.tex").write_text(DOCUMENT % "\n".join(inputs))
+    built = subprocess.run(
+        [ROOT / "scripts/build_pdf.sh", tmp_path / "main.tex"], capture_output=True, text=True
+    )
+    log = (tmp_path / "main.log").read_text(errors="replace")
+    assert built.returncode == 0, log[-3000:]
+    assert not re.search(r"undefined references|multiply defined", log)
