@@ -24,17 +24,17 @@ if CERTIFYING_REST or not (TAKEN or MARKED):
     include: "rules/certify.smk"
 
 
+include: "rules/experiments.smk"
 include: "rules/paper.smk"
-
-
-if not (TAKEN or MARKED):
-
-    include: "rules/experiments.smk"
+include: "rules/targets.smk"
 
 
 localrules:
     all,
     aggregate,
+    aggregate_experiment,
+    experiment_text,
+    experiment_figure,
     section_text,
     section_figure,
     paper_text,

@@ -1,5 +1,6 @@
 """The losslessness certificate of every configuration that a table needs, in one job."""
 
+
 rule certify:
     input:
         script="scripts/certify.py",

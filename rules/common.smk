@@ -43,9 +43,21 @@ if TAKEN:
     for remark in FOUND.remarks:
         logger.warning(f"note: {remark}")
     SECTIONS = FOUND.sections
+    PAPER_EXPERIMENTS = EXPERIMENTS = FOUND.experiments
     MEASURED_BY, CERTIFIED_BY = FOUND.source_digest, FOUND.certifying_digest
 else:
     SECTIONS = list(STUDY.sections)
+    EXPERIMENTS, PAPER_EXPERIMENTS = list(STUDY.experiments), STUDY.paper.experiments
+    if MARKED:
+        # An experiment is drawn as a whole or not at all.
+        EXPERIMENTS = PAPER_EXPERIMENTS = [
+            name
+            for name in PAPER_EXPERIMENTS
+            if all(
+                Path(RUNS, STUDY.pair, f"{point.run}.json").is_file()
+                for point in STUDY.points(name)
+            )
+        ]
     MEASURED_BY = source_digest(PACKAGE / "measure.py")
     CERTIFIED_BY = source_digest(PACKAGE / "certify.py")
 TREES = [f"results/trees/{STUDY.pair}/{name}.json" for name in STUDY.trees.configs]
@@ -55,8 +67,10 @@ GPUS = (
     workflow.global_resources["gpu"].value if "gpu" in workflow.global_resources else 1
 )
 
+
 wildcard_constraints:
     section="|".join(SECTIONS),
+    experiment="|".join(EXPERIMENTS),
     text="|".join(TEXTS),
 
 
@@ -97,7 +111,13 @@ def section_runs(section):
     ]
 
 
-ALL_RUNS = sorted({run for section in SECTIONS for run in section_runs(section)})
+ALL_RUNS = sorted(
+    {run for section in SECTIONS for run in section_runs(section)}.union(
+        run_files(
+            point.run for name in PAPER_EXPERIMENTS for point in STUDY.points(name)
+        )
+    )
+)
 
 
 def section_figures(section):
@@ -186,6 +206,15 @@ AGGREGATING = [
 ]
 
 
+# The same for the aggregation of an experiment.
+AGGREGATING_EXPERIMENT = [
+    "scripts/aggregate_experiment.py",
+    *imported_sources("scripts/aggregate_experiment.py"),
+    *MEASURING,
+    *TRAINING,
+]
+
+
 def run_spec(wildcards):
     """All that a measurement depends on, as one string: Snakemake compares it whole."""
     return STUDY.spec(wildcards.name).canonical()
@@ -202,8 +231,8 @@ def experiment_runs(wildcards):
 
 
 def experiment_texts(wildcards):
-    """The local files that the prompts of the points are chosen from."""
-    points = STUDY.points(wildcards.experiment)
+    """The local files that the prompts of the points are chosen from; none where all was taken."""
+    points = [] if TAKEN else STUDY.points(wildcards.experiment)
     return sorted({path for point in points for path in STUDY.files(point.run)})
 
 

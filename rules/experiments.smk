@@ -1,4 +1,4 @@
-"""Experiments: the runs of all points of a grid, aggregated into one file; a target for each."""
+"""Experiments: the runs of all points of a grid, aggregated into one file; its text and figure."""
 
 
 rule aggregate_experiment:
@@ -11,37 +11,69 @@ rule aggregate_experiment:
         runs=experiment_runs,
     output:
         json="results/experiments/{experiment}.json",
-        csv="results/experiments/{experiment}.csv",
+        csv=report(
+            "results/experiments/{experiment}.csv",
+            caption="captions/experiment_table.rst",
+            category="Tables",
+            labels={"section": "{experiment}"},
+        ),
     log:
         "results/logs/aggregate_experiment/{experiment}.log",
-    localrule: True
     conda:
         "../envs/dynatree.yaml"
     params:
         study=experiment_study,
         packed=packed_experiment_study,
-        source_digest=source_digest(PACKAGE / "measure.py"),
+        source_digest=MEASURED_BY,
+        runs=RUNS,
     shell:
         "python {input.script} --config {params.packed} --experiment {wildcards.experiment} "
-        "--source-digest {params.source_digest} --results results/runs --json {output.json} "
+        "--source-digest {params.source_digest} --results {params.runs} --json {output.json} "
         "--csv {output.csv} 2>&1 | tee {log}"
 
 
-for experiment in STUDY.experiments:
-    if experiment in ("all", *(rule.name for rule in workflow.rules)):
-        raise WorkflowError(
-            f"experiments.{experiment}: is the name of a rule; choose another name"
-        )
+rule experiment_text:
+    input:
+        script="scripts/render_experiment.py",
+        sources=imported_sources("scripts/render_experiment.py"),
+        template="paper/templates/experiment.tex.j2",
+        experiment=rules.aggregate_experiment.output.json,
+        aggregated_by=AGGREGATING_EXPERIMENT,
+        runs=experiment_runs,
+    output:
+        "paper/experiments/{experiment}.tex",
+    log:
+        "results/logs/experiment_text/{experiment}.log",
+    conda:
+        "../envs/dynatree.yaml"
+    params:
+        study=experiment_study,
+    shell:
+        "python {input.script} --experiment {input.experiment} --template {input.template} "
+        "--out {output} 2>&1 | tee {log}"
 
-    # The runs are listed beside what is made of them, so that a removed result is noticed.
-    rule:
-        name:
-            experiment
-        input:
-            run_files(point.run for point in STUDY.points(experiment)),
-            expand(
-                "results/experiments/{experiment}.{kind}",
-                experiment=experiment,
-                kind=["json", "csv"],
-            ),
-        localrule: True
+
+rule experiment_figure:
+    input:
+        script="scripts/draw_experiment.py",
+        sources=imported_sources("scripts/draw_experiment.py"),
+        experiment=rules.aggregate_experiment.output.json,
+        aggregated_by=AGGREGATING_EXPERIMENT,
+        runs=experiment_runs,
+    output:
+        pdf="paper/figures/experiments/{experiment}.pdf",
+        png=report(
+            "paper/figures/experiments/{experiment}.png",
+            caption="captions/experiment.rst",
+            category="Figures",
+            labels={"section": "{experiment}", "figure": "experiment"},
+        ),
+    log:
+        "results/logs/experiment_figure/{experiment}.log",
+    conda:
+        "../envs/dynatree.yaml"
+    params:
+        study=experiment_study,
+    shell:
+        "python {input.script} --experiment {input.experiment} --pdf {output.pdf} "
+        "--png {output.png} 2>&1 | tee {log}"

@@ -147,7 +147,10 @@ rule paper_text:
         sources=imported_sources("scripts/render_paper.py"),
         template="paper/templates/{text}.tex.j2",
         ablations=expand("results/{section}.json", section=SECTIONS),
-        aggregated_by=AGGREGATING,
+        experiments=expand(
+            "results/experiments/{experiment}.json", experiment=PAPER_EXPERIMENTS
+        ),
+        aggregated_by=[*AGGREGATING, *AGGREGATING_EXPERIMENT],
         runs=lambda wildcards: ALL_RUNS,
     output:
         "paper/{text}.tex",
@@ -158,9 +161,11 @@ rule paper_text:
     params:
         study=whole_study,
         sections=SECTIONS,
+        experiments=PAPER_EXPERIMENTS,
         runs=RUNS,
     shell:
         "python {input.script} --results results --runs {params.runs} --sections {params.sections} "
+        "--experiments {params.experiments} "
         "--template {input.template} --out {output} 2>&1 | tee {log}"
 
 
@@ -169,14 +174,27 @@ rule manifest:
     input:
         script="scripts/write_manifest.py",
         sources=imported_sources("scripts/write_manifest.py"),
-        templates=expand("paper/templates/{text}.tex.j2", text=["ablation", *TEXTS]),
+        templates=expand(
+            "paper/templates/{text}.tex.j2", text=["ablation", "experiment", *TEXTS]
+        ),
         ablations=expand("results/{section}.json", section=SECTIONS),
-        aggregated_by=AGGREGATING,
+        experiments=expand(
+            "results/experiments/{experiment}.json", experiment=PAPER_EXPERIMENTS
+        ),
+        aggregated_by=[*AGGREGATING, *AGGREGATING_EXPERIMENT],
         runs=lambda wildcards: ALL_RUNS,
         sections=expand("paper/{section}.tex", section=SECTIONS),
         texts=expand("paper/{text}.tex", text=TEXTS),
         figures=expand(
             "paper/figures/{section}.{kind}", kind=["pdf", "png"], section=SECTIONS
+        ),
+        experiment_texts=expand(
+            "paper/experiments/{experiment}.tex", experiment=PAPER_EXPERIMENTS
+        ),
+        experiment_figures=expand(
+            "paper/figures/experiments/{experiment}.{kind}",
+            kind=["pdf", "png"],
+            experiment=PAPER_EXPERIMENTS,
         ),
     output:
         "paper/manifest.json",
@@ -187,18 +205,26 @@ rule manifest:
     params:
         study=whole_study,
         sections=SECTIONS,
+        experiments=PAPER_EXPERIMENTS,
         runs=RUNS,
     shell:
         "python {input.script} --results results --runs {params.runs} --sections {params.sections} "
+        "--experiments {params.experiments} "
         "--templates paper/templates --paper paper --figures paper/figures --out {output} "
         "2>&1 | tee {log}"
 
 
-# All tables and figures of all sections; needs no TeX.
+# All tables and figures of all sections and of the paper's experiments; needs no TeX.
 rule rendered:
     input:
         expand("paper/{section}.tex", section=SECTIONS),
         [figure for section in SECTIONS for figure in section_figures(section)],
+        expand("paper/experiments/{experiment}.tex", experiment=PAPER_EXPERIMENTS),
+        expand(
+            "paper/figures/experiments/{experiment}.{kind}",
+            kind=["pdf", "png"],
+            experiment=PAPER_EXPERIMENTS,
+        ),
         expand("paper/figures/roofline-{record}.pdf", record=ROOFLINES),
 
 
@@ -209,6 +235,12 @@ rule paper:
         sections=expand("paper/{section}.tex", section=SECTIONS),
         texts=expand("paper/{text}.tex", text=TEXTS),
         figures=expand("paper/figures/{section}.pdf", section=SECTIONS),
+        experiment_texts=expand(
+            "paper/experiments/{experiment}.tex", experiment=PAPER_EXPERIMENTS
+        ),
+        experiment_figures=expand(
+            "paper/figures/experiments/{experiment}.pdf", experiment=PAPER_EXPERIMENTS
+        ),
         manifest="paper/manifest.json",
     output:
         "paper/main.pdf",

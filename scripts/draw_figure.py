@@ -5,7 +5,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from dynatree import breakdown, figures
+from dynatree import breakdown, drawing, figures
 from dynatree.ablation import Ablation, read_ablation
 from dynatree.errors import reporting
 from dynatree.results import RunResult, read_result
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--png", required=True, type=Path)
     arguments = parser.parse_args()
     figure = build(arguments.kind, read_ablation(arguments.ablation), arguments.results)
-    figures.save(figure, arguments.pdf, arguments.png)
+    drawing.save(figure, arguments.pdf, arguments.png)
     print(f"wrote {arguments.pdf} and {arguments.png}")
 
 

@@ -3,8 +3,9 @@
 import argparse
 from pathlib import Path
 
+from dynatree.drawing import save
 from dynatree.errors import reporting
-from dynatree.figures import roofline, save
+from dynatree.figures import roofline
 from dynatree.roofline import read_roofline
 
 

@@ -2,11 +2,14 @@
 # Copies the present results to the given folder, renders them there and renews the README's tables.
 set -euo pipefail
 folder=$1
-mkdir -p "$folder"
-rm -rf "$folder/runs"
+rm -rf "$folder/runs" "$folder/experiments"
+mkdir -p "$folder/experiments"
 cp -r results/runs "$folder/runs"
 cp results/certificate.json "$folder/"
 for section in ablation families; do
     cp "results/$section.json" "results/$section.csv" "$folder/"
+done
+for name in $(python -c 'from dynatree.config import load_config; print(*load_config().paper.experiments)'); do
+    cp "results/experiments/$name.json" "results/experiments/$name.csv" "$folder/experiments/"
 done
 scripts/render_reference.sh "$folder"

@@ -14,10 +14,13 @@ def main() -> None:
     parser.add_argument("--results", required=True, type=Path)
     parser.add_argument("--runs", required=True, type=Path, help="folder of the run results")
     parser.add_argument("--sections", required=True, nargs="+")
+    parser.add_argument("--experiments", default=[], nargs="*", help="those of the paper")
     parser.add_argument("--template", required=True, type=Path)
     parser.add_argument("--out", required=True, type=Path)
     arguments = parser.parse_args()
-    evidence = read_evidence(arguments.results, arguments.sections, arguments.runs)
+    evidence = read_evidence(
+        arguments.results, arguments.sections, arguments.experiments, arguments.runs
+    )
     write_text(arguments.out, text(evidence, arguments.template).text)
     print(f"wrote {arguments.out}")
 

@@ -14,6 +14,7 @@ def main() -> None:
     parser.add_argument("--results", required=True, type=Path)
     parser.add_argument("--runs", required=True, type=Path, help="folder of the run results")
     parser.add_argument("--sections", required=True, nargs="+")
+    parser.add_argument("--experiments", default=[], nargs="*", help="those of the paper")
     parser.add_argument("--templates", required=True, type=Path)
     parser.add_argument("--paper", required=True, type=Path, help="folder of the rendered texts")
     parser.add_argument("--figures", required=True, type=Path, help="folder of the figures")
@@ -22,6 +23,7 @@ def main() -> None:
     manifest = make_manifest(
         arguments.results,
         arguments.sections,
+        arguments.experiments,
         arguments.runs,
         arguments.templates,
         arguments.paper,

@@ -23,9 +23,17 @@ def folder(tmp_path):
     return Path(shutil.copytree(REFERENCE, tmp_path / "reference"))
 
 
+EXPERIMENTS = [
+    name
+    for name in load_config(PROJECT / "config.yaml").paper.experiments
+    if (REFERENCE / f"experiments/{name}.json").is_file()
+]
+"""Those whose results are committed."""
+
+
 @pytest.fixture
 def study():
-    return load_config(PROJECT / "config.yaml")
+    return changed(lambda data: data["paper"].update(experiments=EXPERIMENTS))
 
 
 def changed(edit):
@@ -41,7 +49,7 @@ def rewrite(folder, name, **changes):
 
 def test_the_reference_fits_the_configuration(study, tmp_path):
     found = committed(study, REFERENCE, tmp_path)
-    assert found.sections == ["ablation", "families"]
+    assert (found.sections, found.experiments) == (["ablation", "families"], EXPERIMENTS)
     assert found.source_digest == read_result(REFERENCE / "runs/embedded/ar.json").source_digest
 
 
@@ -107,6 +115,24 @@ def test_an_incomplete_section_is_left_out_and_said_so(study, folder, tmp_path):
         committed(study, folder, tmp_path)
 
 
+def test_an_experiment_is_checked_as_a_section_is(folder, tmp_path):
+    def edit(data):
+        data["experiments"] = {
+            "lengths": {"configs": ["dynatree"], "grid": {"max_new_tokens": [64]}},
+            "absent": {"configs": ["dynatree"], "grid": {"depth": [3]}},
+        }
+        data["paper"] = {"experiments": ["lengths", "absent"]}
+
+    found = committed(changed(edit), folder, tmp_path)
+    assert found.experiments == ["lengths"]
+    assert any("experiment absent is left out; missing" in line for line in found.remarks)
+    run = changed(edit).points("absent")[0].run
+    result = read_result(folder / "runs/embedded/dynatree.json")
+    write_result(folder / f"runs/embedded/{run}.json", result)
+    with pytest.raises(ResultError, match=rf"strategy\.depth: measured 7, configured 3 \({run}\)"):
+        committed(changed(edit), folder, tmp_path)
+
+
 def test_a_damaged_file_is_named(study, folder, tmp_path):
     path = folder / "runs/embedded/ar.json"
     data = json.loads(path.read_text())
@@ -147,7 +173,11 @@ def snakemake(folder, *arguments):
 def test_everything_is_rendered_and_nothing_measured(rendered):
     folder, printed = rendered
     rules = set(re.findall(r"^(?:local)?rule (\w+):", printed, flags=re.MULTILINE))
-    assert rules == {"aggregate", "section_text", "section_figure", "section_detail", "rendered"}
+    grids = (
+        {"aggregate_experiment", "experiment_text", "experiment_figure"} if EXPERIMENTS else set()
+    )
+    sections = {"aggregate", "section_text", "section_figure", "section_detail"}
+    assert rules == {*sections, *grids, "rendered"}
     assert not (folder / "results/runs").exists()
     for section in ("ablation", "families"):
         for kind in ("", "_waterfall", "_rounds", "_acceptance"):
@@ -156,6 +186,11 @@ def test_everything_is_rendered_and_nothing_measured(rendered):
         # The numbers of the tables are those that were rendered where they were measured.
         assert (folder / f"paper/{section}.tex").read_text() == (
             REFERENCE / f"{section}.tex"
+        ).read_text()
+    for name in EXPERIMENTS:
+        assert (folder / f"paper/figures/experiments/{name}.pdf").is_file()
+        assert (folder / f"paper/experiments/{name}.tex").read_text() == (
+            REFERENCE / f"experiments/{name}.tex"
         ).read_text()
 
 

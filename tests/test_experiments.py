@@ -177,9 +177,21 @@ def test_experiments_survive_json_and_concern_no_section():
 
 def test_the_shipped_experiments_share_their_runs():
     config = load_config(SHIPPED)
-    assert {"main", "fixed_tree_sweep", "sensitivity", "length_scaling", "prompt_length"} == set(
-        config.experiments
-    )
+    names = list(config.experiments)
+    assert set(names) == {
+        "main",
+        "fixed_tree_sweep",
+        "sensitivity",
+        "length_scaling",
+        "prompt_length",
+        "node_budget",
+    }
+    assert config.paper.experiments == names
+    # What the paper measures on two cores must stay a matter of half an hour.
+    jobs = {*config.measured, *(run for name in names for run in runs(config, name).values())}
+    assert len(jobs) <= 55
+    longest = max(config.run(run).measure.max_new_tokens for run in jobs)
+    assert longest <= 400
     main = runs(config, "main")
     assert main["main-dynatree-python_docs"] == "dynatree"
     assert runs(config, "length_scaling")["length_scaling-auto-tokens64"] == "auto"

@@ -8,10 +8,11 @@ import pytest
 import synthetic
 from matplotlib.figure import Figure
 
-from dynatree import breakdown, figures
+from dynatree import breakdown, drawing, figures
 from dynatree.ablation import Estimate, Interval, read_ablation
 from dynatree.errors import ResultError
-from dynatree.points import Cell, Point, RoundTime, Series
+from dynatree.experiment_figures import heatmap
+from dynatree.points import Cell, Point, RoundTime
 from dynatree.results import read_result
 from dynatree.roofline import read_roofline
 
@@ -39,8 +40,7 @@ def every_figure(ablation):
         "waterfall": figures.waterfall(ablation),
         "rounds": figures.round_times(ablation, round_times(ablation)),
         "acceptance": figures.acceptance(ablation, {"tree": [Point(1, around(0.5))]}),
-        "curves": figures.curves([Series("a", [Point(1, around(2.0))])], "x", "y"),
-        "heatmap": figures.heatmap([Cell(1, 2, around(1.0))], "x", "y", "speedup"),
+        "heatmap": heatmap({"": [Cell(1, 2, around(1.0))]}, "x", "y", "speedup"),
         "roofline": figures.roofline(read_roofline(RECORD)),
     }
 
@@ -56,7 +56,7 @@ def test_both_files_are_written_and_equal_data_gives_equal_bytes(tmp_path, ablat
         files = {}
         for name, figure in every_figure(ablation).items():
             pdf, png = (tmp_path / attempt / f"{name}.{ending}" for ending in ("pdf", "png"))
-            figures.save(figure, pdf, png)
+            drawing.save(figure, pdf, png)
             files[name] = (pdf.read_bytes(), png.read_bytes())
         written.append(files)
     assert written[0] == written[1]
@@ -74,7 +74,7 @@ def test_both_files_are_written_and_equal_data_gives_equal_bytes(tmp_path, ablat
 def test_a_label_is_text_and_no_formula(tmp_path, label):
     study = synthetic.config(labels={"tree": label})
     for name, figure in every_figure(synthetic.ablation(tmp_path, study)).items():
-        figures.save(figure, tmp_path / "a.pdf", tmp_path / f"{name}.png")
+        drawing.save(figure, tmp_path / "a.pdf", tmp_path / f"{name}.png")
         assert (tmp_path / f"{name}.png").stat().st_size > 1_000
 
 
@@ -166,37 +166,27 @@ def test_acceptance_has_a_curve_for_each_row_that_drafts(ablation):
         figures.acceptance(ablation, {})
 
 
-def test_curves_draw_predictions_apart_from_measurements():
-    budgets = (16, 32, 64)
-    measured = Series("dynatree", [Point(x, around(2.0)) for x in budgets])
-    bare = [Point(x, Estimate(value=1.5, interval=None)) for x in budgets]
-    series = [measured, Series("predicted", bare, predicted=True)]
-    (axes,) = figures.curves(series, "node budget", "speedup", logarithmic=True).axes
-    solid, dashed = (line for line in axes.lines if len(line.get_xdata()) == 3)
-    assert (solid.get_linestyle(), solid.get_marker()) == ("-", "o")
-    assert (dashed.get_linestyle(), dashed.get_marker()) == ("--", "None")
-    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["16", "32", "64"]
-    assert axes.get_xscale() == "log"
-
-
-def test_a_measured_point_without_interval_is_hollow():
-    bare = Point(2, Estimate(value=1.0, interval=None))
-    axes = figures.curves([Series("a", [Point(1, around(0.5)), bare])], "x", "y").axes[0]
-    hollow = [line for line in axes.lines if line.get_markerfacecolor() == "white"]
-    assert [list(line.get_ydata()) for line in hollow] == [[1.0]]
-
-
 def test_a_heatmap_writes_each_value_into_its_cell_and_leaves_gaps():
     cells = [Cell(1, 4, around(1.0)), Cell(2, 4, around(2.0)), Cell(2, 8, around(3.0))]
-    axes = figures.heatmap(cells, "branch", "depth", "speedup").axes[0]
-    placed = {(text.xy, text.get_text()) for text in axes.texts}
+    first, second, _ = heatmap({"a": cells, "b": cells[:1]}, "branch", "depth", "speedup").axes
+    placed = {(text.xy, text.get_text()) for text in first.texts}
     assert ((1, 1), "3.00") in placed
     assert ((0, 0), "[0.90, 1.10]") in placed
-    assert not [text for text in axes.texts if text.xy == (0, 1)]
-    assert axes.images[0].get_array().mask.sum() == 1
-    for wrong in ([], [*cells, cells[0]]):
+    assert not [text for text in first.texts if text.xy == (0, 1)]
+    assert first.images[0].get_array().mask.sum() == 1
+    # One scale of colours for all panels.
+    assert first.images[0].get_clim() == second.images[0].get_clim() == (1.0, 3.0)
+    for wrong in ({}, {"a": []}, {"a": [*cells, cells[0]]}):
         with pytest.raises(ResultError, match="one value for each place"):
-            figures.heatmap(wrong, "branch", "depth", "speedup")
+            heatmap(wrong, "branch", "depth", "speedup")
+
+
+def test_no_tick_stands_where_its_label_would_be_cut(tmp_path):
+    # At this speed a tick falls on the edge of the axis.
+    ablation = synthetic.ablation(tmp_path, speedups={"tree": 200 / 59})
+    axes = figures.bars(ablation).axes[-1]
+    assert axes.get_xlim()[1] == pytest.approx(200)
+    assert max(axes.get_xticks()) < 0.97 * 200
 
 
 def test_the_roofline_is_what_its_record_says(tmp_path):

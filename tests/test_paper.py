@@ -13,10 +13,12 @@ import synthetic
 from dynatree.ablation import write_ablation
 from dynatree.aggregate import aggregate
 from dynatree.cli import app
-from dynatree.config import TEXTS
+from dynatree.config import TEXTS, load_config
+from dynatree.drawing import save
 from dynatree.errors import ResultError
 from dynatree.evidence import read_evidence
-from dynatree.figures import bars, save
+from dynatree.experiment_figures import draw
+from dynatree.figures import bars
 from dynatree.files import digest_of
 from dynatree.manifest import (
     Manifest,
@@ -34,6 +36,12 @@ PAPER = ROOT / "paper"
 TEMPLATES = PAPER / "templates"
 REFERENCE = Path("docs/reference")
 SECTIONS = ["ablation", "families"]
+EXPERIMENTS = [
+    name
+    for name in load_config(ROOT / "config.yaml").paper.experiments
+    if (ROOT / REFERENCE / f"experiments/{name}.json").is_file()
+]
+"""Those whose results are committed."""
 HOSTILE = r"A & B 50% a_b #1 ~ $x$ \ { } ^ \input{/etc/passwd}"
 
 
@@ -44,7 +52,7 @@ def results(folder, study=None, speedups=None, edit=None, **options):
     if edit is not None:
         edit({facts["name"]: facts for facts in data["configurations"]})
     write_ablation(folder / "ablation.json", type(ablation).model_validate(data))
-    return read_evidence(folder, ["ablation"], folder / "runs")
+    return read_evidence(folder, ["ablation"], [], folder / "runs")
 
 
 def rendered(evidence, name):
@@ -72,9 +80,11 @@ def at_root(monkeypatch):
 
 def test_the_reference_results_render_to_the_committed_files(at_root, tmp_path):
     """Texts, figures and the manifest itself: all made again, and compared byte for byte."""
-    again = make_manifest(REFERENCE, SECTIONS, REFERENCE / "runs", TEMPLATES, REFERENCE, REFERENCE)
+    again = remade(REFERENCE)
     write_manifest(tmp_path / "manifest.json", again)
-    assert set(again.texts) == {f"{name}.tex" for name in (*SECTIONS, *TEXTS)}
+    grids = [f"experiments/{name}" for name in EXPERIMENTS]
+    assert set(again.texts) == {f"{name}.tex" for name in (*SECTIONS, *TEXTS, *grids)}
+    assert set(again.figures) == {*SECTIONS, *grids}
     assert (tmp_path / "manifest.json").read_bytes() == (REFERENCE / "manifest.json").read_bytes()
 
 
@@ -126,7 +136,7 @@ def copied(at_root, tmp_path, monkeypatch):
 
 
 def remade(folder):
-    return make_manifest(folder, SECTIONS, folder / "runs", TEMPLATES, folder, folder)
+    return make_manifest(folder, SECTIONS, EXPERIMENTS, folder / "runs", TEMPLATES, folder, folder)
 
 
 def test_a_digit_changed_by_hand_is_found(copied):
@@ -361,7 +371,7 @@ def test_the_paper_uses_only_what_any_study_defines(tmp_path):
 def test_the_whole_paper_compiles(tmp_path, kind, monkeypatch):
     if kind == "reference":
         monkeypatch.chdir(ROOT)
-        evidence = read_evidence(REFERENCE, SECTIONS, REFERENCE / "runs")
+        evidence = read_evidence(REFERENCE, SECTIONS, EXPERIMENTS, REFERENCE / "runs")
     elif kind == "hostile":
         labels = {
             "ar": "[a]*",
@@ -372,7 +382,8 @@ def test_the_whole_paper_compiles(tmp_path, kind, monkeypatch):
     else:
         evidence = results(tmp_path, synthetic.config(prompts=1))
     build = tmp_path / "build"
-    (build / "figures").mkdir(parents=True)
+    (build / "figures/experiments").mkdir(parents=True)
+    (build / "experiments").mkdir()
     for name in ("main.tex", "references.bib"):
         shutil.copy(PAPER / name, build)
     for name, page in pages(evidence, TEMPLATES).items():
@@ -380,6 +391,9 @@ def test_the_whole_paper_compiles(tmp_path, kind, monkeypatch):
     for section, ablation in evidence.sections.items():
         figure = build / "figures" / section
         save(bars(ablation), figure.with_suffix(".pdf"), figure.with_suffix(".png"))
+    for name, experiment in evidence.experiments.items():
+        figure = build / "figures/experiments" / name
+        save(draw(experiment), figure.with_suffix(".pdf"), figure.with_suffix(".png"))
     built = subprocess.run(
         [ROOT / "scripts/build_pdf.sh", build / "main.tex"], capture_output=True, text=True
     )

@@ -370,13 +370,39 @@ def experimental(project):
 def test_experiments_are_targets_of_their_own(experimental):
     assert planned(experimental) == {}
     # Of the two points, a table shows one.
-    assert planned(experimental, "sweep") == {"measure": 1, "aggregate_experiment": 1, "sweep": 1}
+    assert planned(experimental, "sweep") == {"measure": 1, **made("sweep")}
     assert planned(experimental, "sweep", "lengths") == {
         "measure": 5,
-        "aggregate_experiment": 2,
+        **{rule: 2 for rule in made("sweep") if rule != "sweep"},
         "sweep": 1,
         "lengths": 1,
     }
+
+
+def made(experiment):
+    """The jobs that make an experiment of its runs."""
+    rules = ("aggregate_experiment", "experiment_text", "experiment_figure", experiment)
+    return dict.fromkeys(rules, 1)
+
+
+def test_sections_are_targets_too(project):
+    details = planned(project, "ablation")
+    assert details == {"section_detail": 3, "ablation": 1}
+
+
+def test_the_paper_takes_in_the_experiments_that_it_names(experimental):
+    append(experimental / CONFIG, "paper: {experiments: [sweep]}\n")
+    assert planned(experimental) == {}
+    jobs = planned(experimental, "paper/manifest.json")
+    assert {rule: jobs[rule] for rule in made("sweep") if rule != "sweep"} == {
+        "aggregate_experiment": 1,
+        "experiment_text": 1,
+        "experiment_figure": 1,
+    }
+    assert jobs["measure"] == 1
+    replace(experimental / CONFIG, "experiments: [sweep]", "experiments: [sweeps]")
+    done = snakemake(experimental, "-n")
+    assert "paper.experiments.0: unknown experiment 'sweeps'; did you mean 'sweep'" in done.stdout
 
 
 def test_an_experiment_is_run_to_the_end_and_reruns_what_is_stale(experimental):
@@ -388,8 +414,11 @@ def test_an_experiment_is_run_to_the_end_and_reruns_what_is_stale(experimental):
     ]
     assert [point.prompt_tokens_mean for point in experiment.points] == [4, 6, 4, 6]
     assert (experimental / "results/experiments/lengths.csv").is_file()
+    assert "prompt tokens" in (experimental / "paper/experiments/lengths.tex").read_text()
+    for ending in ("pdf", "png"):
+        assert (experimental / f"paper/figures/experiments/lengths.{ending}").is_file()
     assert planned(experimental, "lengths") == {}
-    rerun = {"aggregate_experiment": 1, "lengths": 1}
+    rerun = made("lengths")
     # Another place in the grid measures what is new; a changed text measures all.
     replace(experimental / CONFIG, "prompt_tokens: [4, 6]", "prompt_tokens: [4, 5]")
     assert planned(experimental, "lengths") == {"measure": 2, **rerun}

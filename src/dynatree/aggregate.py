@@ -11,6 +11,8 @@ Notation: a generation's throughput is its new tokens divided by its wall time i
   minus 1. Each row's speedup is paired within its own job, so drift between jobs cancels.
 - Row of a sweep: the candidate with the largest speedup, see `dynatree.ablation.Sweep` for what
   that choice does to the numbers. The candidates are all measured and all reported.
+- Change of a point of an experiment against another: as between rows where both have the same
+  prompts, otherwise the same ratio with the prompts of each resampled independently.
 - Acceptance: accepted draft tokens per draft token on the deepest path offered, so never above 1,
   whatever the width of the tree; by depth, rounds that accepted there per round that offered there.
 - Tokens per round by position: greedy text that starts to loop inflates acceptance, so rounds are
@@ -36,6 +38,7 @@ from dynatree.ablation import (
     ConfigurationFacts,
     DepthAcceptance,
     Estimate,
+    Interval,
     Latency,
     MissingRow,
     Override,
@@ -48,10 +51,18 @@ from dynatree.ablation import (
 )
 from dynatree.certificate import Lossless, read_certificate
 from dynatree.config import Config, Point
+from dynatree.costs import predictions, round_costs
 from dynatree.differences import differences, shown
 from dynatree.errors import ResultError
-from dynatree.estimates import Floats, estimate, geometric_mean, median, paired_ratios
-from dynatree.experiments import Experiment, PointFacts
+from dynatree.estimates import (
+    Floats,
+    estimate,
+    geometric_mean,
+    independent_ratio,
+    median,
+    paired_ratios,
+)
+from dynatree.experiments import Experiment, FigureKind, PointFacts, Prediction
 from dynatree.facts import first_problem
 from dynatree.failures import failure_reason
 from dynatree.files import short_digest
@@ -193,8 +204,14 @@ def aggregate_experiment(
         }
         _one_device(f"{name}: {point.row}", list(rivals), origins)
         fastest.add(rivals[_fastest(list(rivals), speedups)].name)
+    shown = [point for point in points if point.name in fastest]
+    kind = config.experiments[name].kind
+    references = {point.name: _reference(kind, point, shown, results, speedups) for point in points}
+    predicted = _predictions(shown, results) if kind == "budget" else {}
     return Experiment(
         experiment=name,
+        title=config.experiments[name].title or name.replace("_", " ").capitalize(),
+        figure=kind,
         setting=_setting(config, origins),
         axes=list(dict.fromkeys(key for point in points for key in point.values)),
         points=[
@@ -207,6 +224,8 @@ def aggregate_experiment(
                 speedups[point.run],
                 point.name in fastest,
                 _device_of(point.run, origins),
+                _point_change(point, references[point.name], results, origins, speedups),
+                predicted.get(point.name),
             )
             for point in points
         ],
@@ -260,6 +279,9 @@ def experiment_csv(experiment: Experiment) -> str:
             **{f"grid_{axis}": facts.values.get(axis) for axis in experiment.axes},
             **_described(facts, experiment.setting),
             **_speeds(facts),
+            "reference": facts.reference,
+            **_flat("change", facts.change),
+            "predicted_speedup": facts.predicted and facts.predicted.speedup,
             **_counts(facts, experiment.points),
         }
         for facts in experiment.points
@@ -393,6 +415,8 @@ def _point(
     speedups: Floats,
     fastest: bool,
     device: str | None,
+    compared: tuple[str, Estimate] | None,
+    predicted: Prediction | None,
 ) -> PointFacts:
     overrides = [
         entry for entry in _overrides(config, point.config) if entry.key not in point.values
@@ -414,7 +438,70 @@ def _point(
         prompt_tokens_mean=float(np.mean([output.prompt_tokens for output in result.outputs])),
         max_new_tokens=result.spec.measure.max_new_tokens,
         runs=result.spec.measure.runs,
+        reference=compared[0] if compared else None,
+        change=compared[1] if compared else None,
+        predicted=predicted,
     )
+
+
+def _reference(
+    kind: FigureKind,
+    point: Point,
+    shown: Sequence[Point],
+    results: Mapping[str, RunResult],
+    speedups: Mapping[str, Floats],
+) -> Point:
+    """The point that `point` is compared with, as `FigureKind` says; it may be itself."""
+    if kind == "heatmap":
+        names = [other.run for other in shown]
+        return shown[names.index(_fastest(names, speedups))]
+    if kind == "bars":
+        here = [other for other in shown if other.values == point.values]
+        drafting = [other for other in here if results[other.run].spec.strategy.max_depth > 0]
+        return (drafting or here)[0]
+    row = [other for other in shown if other.row == point.row]
+    if kind != "multiples":
+        return row[0]
+    runs = [other.run for other in row]
+    shared = [other for other in row if runs.count(other.run) > 1]
+    return (shared or [other for other in row if set(other.values) == set(point.values)])[0]
+
+
+def _point_change(
+    point: Point,
+    reference: Point,
+    results: Mapping[str, RunResult],
+    origins: Mapping[str, _Provenance],
+    speedups: Mapping[str, Floats],
+) -> tuple[str, Estimate] | None:
+    """The name of the reference and the change of the speedup; None where both are one run, or
+    were measured on different devices."""
+    if point.run == reference.run:
+        return None
+    if origins[point.run].device.name != origins[reference.run].device.name:
+        return None
+    here, there = speedups[point.run], speedups[reference.run]
+    if results[point.run].spec.prompts == results[reference.run].spec.prompts:
+        return reference.name, _change(here, there)
+    ratio = independent_ratio(here, there)
+    return reference.name, Estimate(
+        value=ratio.value - 1,
+        interval=ratio.interval
+        and Interval(low=ratio.interval.low - 1, high=ratio.interval.high - 1),
+    )
+
+
+def _predictions(shown: Sequence[Point], results: Mapping[str, RunResult]) -> dict[str, Prediction]:
+    """What the cost model predicts for each point, by name."""
+    found: dict[str, Prediction] = {}
+    for row in dict.fromkeys(point.row for point in shown):
+        costs = {
+            point.name: cost
+            for point in shown
+            if point.row == row and (cost := round_costs(results[point.run])) is not None
+        }
+        found |= predictions(costs)
+    return found
 
 
 def _current(path: Path, spec: RunSpec, source_digest: str) -> RunResult:
@@ -516,7 +603,7 @@ def _change(speedups: Floats, reference: Floats) -> Estimate:
     return estimate((speedups / reference)[:, None], _relative_change)
 
 
-def _fastest(candidates: list[str], speedups: dict[str, Floats]) -> str:
+def _fastest(candidates: Sequence[str], speedups: Mapping[str, Floats]) -> str:
     """The candidate with the largest speedup; of equal ones, the first listed."""
     return max(candidates, key=lambda name: float(geometric_mean(speedups[name][:, None])))
 

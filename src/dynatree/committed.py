@@ -26,12 +26,14 @@ class Committed:
 
     Attributes:
         sections: of the paper, those of which every result is there.
+        experiments: the same.
         source_digest: of the code that measured them (hex).
         certifying_digest: of the code that made the certificate (hex).
         remarks: what a reader of the tables should know, one line each.
     """
 
     sections: list[str]
+    experiments: list[str]
     source_digest: str
     certifying_digest: str
     remarks: list[str]
@@ -49,7 +51,14 @@ def committed(config: Config, folder: Path, pairs: Path) -> Committed:
             configuration or each other; every misfit is named.
     """
     certificate_path = folder / "certificate.json"
-    files = {name: folder / "runs" / config.pair / f"{name}.json" for name in config.measured}
+    grids = {
+        name: list(dict.fromkeys(point.run for point in config.points(name)))
+        for name in config.paper.experiments
+    }
+    files = {
+        name: folder / "runs" / config.pair / f"{name}.json"
+        for name in [*config.measured, *(run for runs in grids.values() for run in runs)]
+    }
     missing = {
         section: [
             str(path)
@@ -72,8 +81,14 @@ def committed(config: Config, folder: Path, pairs: Path) -> Committed:
     names = list(
         dict.fromkeys(name for section in sections for name in config.section(section).measured)
     )
+    absent = {
+        name: [str(files[run]) for run in runs if not files[run].is_file()]
+        for name, runs in grids.items()
+    }
+    experiments = [name for name, paths in absent.items() if not paths]
+    taken = list(dict.fromkeys([*names, *(run for name in experiments for run in grids[name])]))
     try:
-        results = {name: read_result(files[name]) for name in names}
+        results = {name: read_result(files[name]) for name in taken}
         certificate = read_certificate(certificate_path)
     except ResultError as error:
         reason = str(error).partition("; remove it")[0]
@@ -85,7 +100,7 @@ def committed(config: Config, folder: Path, pairs: Path) -> Committed:
             result.spec.model_dump(mode="json"), config.spec(name).model_dump(mode="json")
         ):
             misfits.setdefault(line, []).append(name)
-    made = certificate.spec.only(results)
+    made = certificate.spec.only(names)
     for line in differences(
         made.model_dump(mode="json"), config.certificate_spec(names).model_dump(mode="json")
     ):
@@ -112,8 +127,9 @@ def committed(config: Config, folder: Path, pairs: Path) -> Committed:
         )
     code, weight = next(iter(codes)), next(iter(weights))
     remarks = [
-        f"section {section} is left out; missing: {_listed(paths)}"
-        for section, paths in missing.items()
+        f"{kind} {name} is left out; missing: {_listed(paths)}"
+        for kind, lacking in (("section", missing), ("experiment", absent))
+        for name, paths in lacking.items()
         if paths
     ]
     for what, script, found in (
@@ -128,6 +144,7 @@ def committed(config: Config, folder: Path, pairs: Path) -> Committed:
             )
     return Committed(
         sections,
+        experiments,
         code,
         certificate.source_digest,
         [f"{folder}: {remark}" for remark in (*remarks, *_other_weights(config, weight, pairs))],

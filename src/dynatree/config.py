@@ -17,6 +17,7 @@ from pydantic import Field, PrivateAttr, TypeAdapter, ValidationError, model_val
 
 from dynatree.devices import Busy
 from dynatree.errors import ConfigError
+from dynatree.experiments import NODE_BUDGET, FigureKind
 from dynatree.schema import (
     Count,
     Name,
@@ -120,10 +121,14 @@ class Experiment(Section):
         grid: fields of the strategies, of `measure` and of the workload (`count`,
             `prompt_tokens`). A list of values is an axis; a single value holds for all points.
             Several grids are measured one after the other, such as one parameter at a time.
+        title: heading in the paper; the experiment's name by default.
+        figure: how it is drawn; what its grid allows by default, see `kind`.
     """
 
     configs: Annotated[list[Name], Field(min_length=1)]
     grid: Annotated[list[dict[Name, OneOrMore]], Field(min_length=1)] = [{}]
+    title: Text | None = None
+    figure: FigureKind | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -131,6 +136,46 @@ class Experiment(Section):
         if isinstance(data, Mapping) and isinstance(data.get("grid"), Mapping):
             return {**data, "grid": [data["grid"]]}
         return data
+
+    @model_validator(mode="after")
+    def _the_figure_fits_the_grid(self) -> Self:
+        if self.figure is not None and self.figure not in self._possible():
+            raise ValueError(
+                f"figure: {self.figure!r} does not go with this grid; choose one of "
+                f"{', '.join(self._possible())}, or leave it out"
+            )
+        return self
+
+    @property
+    def kind(self) -> FigureKind:
+        """How it is drawn: as asked for, or in the first way that its grid allows."""
+        return self.figure or self._possible()[0]
+
+    def _possible(self) -> list[FigureKind]:
+        axes = [
+            [key for key, value in grid.items() if isinstance(value, list)] for grid in self.grid
+        ]
+        numeric = all(
+            isinstance(value, int | float) and not isinstance(value, bool)
+            for grid in self.grid
+            for values in grid.values()
+            if isinstance(values, list)
+            for value in values
+        )
+        possible: list[FigureKind] = ["bars"]
+        if not numeric or [] in axes:
+            return possible
+        if len(axes) == 1:
+            if len(axes[0]) + (len(self.configs) > 1) in (2, 3) and len(axes[0]) > 1:
+                possible.insert(0, "heatmap")
+            if len(axes[0]) == 1:
+                possible.insert(0, "curves")
+            # A prediction needs two other points.
+            if axes[0] == [NODE_BUDGET] and len(self.combinations()) > 2:
+                possible.insert(0, "budget")
+        if all(len(found) == 1 for found in axes):
+            possible.insert(0 if len(axes) > 1 else len(possible), "multiples")
+        return possible
 
     def combinations(self) -> list[tuple[dict[str, Scalar], dict[str, Scalar]]]:
         """For each point of the grids: its values on the axes, and the values of all points.
@@ -152,6 +197,12 @@ class Experiment(Section):
                 (dict(zip(axes, values, strict=True)), single) for values in product(*axes.values())
             ]
         return found
+
+
+class Paper(Section):
+    """What `paper/main.pdf` takes in beside the sections: `experiments`, in this order."""
+
+    experiments: list[ExperimentName] = []
 
 
 @dataclass(frozen=True)
@@ -240,6 +291,7 @@ class Config(Section):
     # Each is one file of the paper with these tables; the first is what `snakemake` makes.
     sections: dict[Name, Annotated[list[Name], Field(min_length=1)]] = {}
     experiments: dict[ExperimentName, Experiment] = {}
+    paper: Paper = Paper()
     _points: dict[str, list[Point]] = PrivateAttr(default_factory=dict)
     _runs: dict[str, Measured] = PrivateAttr(default_factory=dict)
 
@@ -319,7 +371,15 @@ class Config(Section):
                         _override(self.configs[config].run, overrides)
                     except ValidationError as error:
                         problems += problem_lines(error, path)
+        for index, name in enumerate(self.paper.experiments):
+            known(f"paper.experiments.{index}", name, self.experiments, "experiment")
+        for name in repeated(self.paper.experiments):
+            problems.append(f"paper.experiments: {name!r} is listed twice; remove one")
         for name, experiment in self.experiments.items():
+            if name in self.sections:
+                problems.append(
+                    f"experiments.{name}: is a section too, and both are targets; rename one"
+                )
             path = f"experiments.{name}.configs"
             for row in repeated(experiment.configs):
                 problems.append(f"{path}: {row!r} is listed twice; remove one")
@@ -446,7 +506,7 @@ class Config(Section):
     def _reduced(self, experiments: list[str], **changes: Any) -> "Config":
         """A copy with `experiments` alone, equal to one that was read with no others."""
         kept = {name: self.experiments[name] for name in experiments}
-        reduced = self.model_copy(update={**changes, "experiments": kept})
+        reduced = self.model_copy(update={**changes, "experiments": kept, "paper": Paper()})
         reduced._points = {name: self._points[name] for name in experiments}
         runs = {point.run for points in reduced._points.values() for point in points}
         reduced._runs = {run: entry for run, entry in self._runs.items() if run in runs}

@@ -61,6 +61,23 @@ def paired_ratios(rates: Floats, reference: Floats) -> Floats:
     return np.asarray(np.median(rates / reference, axis=1))
 
 
+def independent_ratio(values: Floats, reference: Floats) -> Estimate:
+    """Ratio of the geometric means of values [prompts] and of `reference` [other prompts].
+
+    The two are resampled independently: nothing pairs a prompt with another one.
+    """
+    value = float(np.exp(np.log(values).mean() - np.log(reference).mean()))
+    if min(len(values), len(reference)) == 1:
+        return Estimate(value=value, interval=None)
+    generator = np.random.default_rng(SEED)
+    means = [
+        np.log(side)[generator.integers(len(side), size=(RESAMPLES, len(side)))].mean(axis=1)
+        for side in (values, reference)
+    ]
+    low, high = np.percentile(np.exp(means[0] - means[1]), [2.5, 97.5])
+    return Estimate(value=value, interval=Interval(low=float(low), high=float(high)))
+
+
 def crossed_ratio(rates: Floats, reference: Floats) -> tuple[tuple[float, float], Estimate]:
     """Ratio of the rates [prompts, runs] of two jobs that timed the same prompts.
 

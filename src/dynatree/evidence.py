@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dynatree.ablation import Ablation, ConfigurationFacts, read_ablation
+from dynatree.experiments import Experiment, read_experiment
 from dynatree.files import digest_of
 from dynatree.results import RunResult, read_result
 from dynatree.trace import located
@@ -16,14 +17,16 @@ class Evidence:
 
     Attributes:
         sections: the aggregates by section, in the order of the paper.
-        runs: the results by configuration; what these say of models, machine, versions and memory
-            knows its place.
-        files: the aggregate of each section.
-        run_files: the result file of each configuration.
+        experiments: those of the paper by name, in its order.
+        runs: the results by run, which for a section is a configuration; what these say of models,
+            machine, versions and memory knows its place.
+        files: the aggregate of each section and of each experiment.
+        run_files: the result file of each run.
         digests: SHA-256 (hex) of each file.
     """
 
     sections: dict[str, Ablation]
+    experiments: dict[str, Experiment]
     runs: dict[str, RunResult]
     files: dict[str, str]
     run_files: dict[str, str]
@@ -39,26 +42,39 @@ class Evidence:
         return found
 
 
-def read_evidence(folder: Path, sections: Sequence[str], runs_folder: Path) -> Evidence:
-    """Reads `<section>.json` in `folder` and `<pair>/<configuration>.json` in `runs_folder`.
+def read_evidence(
+    folder: Path, sections: Sequence[str], experiments: Sequence[str], runs_folder: Path
+) -> Evidence:
+    """Reads `<section>.json` and `experiments/<experiment>.json` in `folder`, and of what these
+    speak `<pair>/<run>.json` in `runs_folder`.
 
     Raises:
         ResultError: a file is missing or damaged.
     """
-    aggregates: dict[str, Ablation] = {}
-    runs: dict[str, RunResult] = {}
     files = {section: (folder / f"{section}.json").as_posix() for section in sections}
+    files |= {name: (folder / f"experiments/{name}.json").as_posix() for name in experiments}
+    aggregates = {
+        section: located(read_ablation(Path(files[section])), files[section])
+        for section in sections
+    }
+    grids = {name: located(read_experiment(Path(files[name])), files[name]) for name in experiments}
+    runs: dict[str, RunResult] = {}
     run_files: dict[str, str] = {}
-    for section, file in files.items():
-        aggregates[section] = located(read_ablation(Path(file)), file)
-        for facts in aggregates[section].configurations:
-            path = runs_folder / aggregates[section].setting.pair / f"{facts.name}.json"
-            name, run_file = str(facts.name), path.as_posix()
-            if name not in runs:
-                runs[name] = _located_run(read_result(path), run_file)
-                run_files[name] = run_file
+    for pair, run in [
+        *(
+            (part.setting.pair, facts.name)
+            for part in aggregates.values()
+            for facts in part.configurations
+        ),
+        *((grid.setting.pair, point.run) for grid in grids.values() for point in grid.points),
+    ]:
+        path = runs_folder / pair / f"{run}.json"
+        name = str(run)
+        if name not in runs:
+            run_files[name] = path.as_posix()
+            runs[name] = _located_run(read_result(path), run_files[name])
     digests = {file: digest_of(Path(file)) for file in [*files.values(), *run_files.values()]}
-    return Evidence(aggregates, runs, files, run_files, digests)
+    return Evidence(aggregates, grids, runs, files, run_files, digests)
 
 
 def _located_run(result: RunResult, file: str) -> RunResult:

@@ -5,22 +5,25 @@ and only if that gives the files that are there, byte for byte.
 """
 
 import json
+import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, Self
 
+from matplotlib.figure import Figure
 from pydantic import model_validator
 
-from dynatree.ablation import Ablation
 from dynatree.config import TEXTS
+from dynatree.drawing import save
 from dynatree.errors import ResultError
 from dynatree.evidence import Evidence, read_evidence
-from dynatree.facts import Fact, read_facts, write_facts
-from dynatree.figures import bars, save
+from dynatree.experiment_figures import draw
+from dynatree.facts import AnyFact, Fact, read_facts, write_facts
+from dynatree.figures import bars
 from dynatree.files import digest_of
 from dynatree.numbers import text
-from dynatree.render import Page, Shown, render
+from dynatree.render import Page, Shown, render, render_experiment
 from dynatree.trace import Source, lookup, watched
 
 FORMATS = (".pdf", ".png")
@@ -31,8 +34,8 @@ class ResultFile(Fact):
 
     Attributes:
         sha256: of its bytes (hex).
-        runs: of an aggregate, the result file that each of its `configurations` was made from, in
-            their order; empty for such a result file.
+        runs: of an aggregate, the result file that each of its `configurations` or `points` was
+            made from, in their order; empty for such a result file.
     """
 
     sha256: str
@@ -54,7 +57,9 @@ class Drawing(Fact):
 
 
 class Manifest(Fact):
-    """Where all that the paper shows comes from; texts and figures by the name of their file."""
+    """Where all that the paper shows comes from; texts and figures by the name of their file, which
+    for an experiment begins with `experiments/`.
+    """
 
     schema_version: Literal[1] = 1
     results: dict[str, ResultFile]
@@ -79,6 +84,7 @@ class Manifest(Fact):
 def make_manifest(
     results: Path,
     sections: Sequence[str],
+    experiments: Sequence[str],
     runs: Path,
     templates: Path,
     paper: Path,
@@ -88,26 +94,38 @@ def make_manifest(
 
     Args:
         results: holds the aggregates.
-        runs: holds `<pair>/<configuration>.json`.
+        runs: holds `<pair>/<run>.json`.
         paper: holds the rendered texts.
-        figures: holds `<section>.pdf` and `.png`, or one of them.
+        figures: holds `<section>.pdf` and `.png`, or one of them, and the same of the experiments
+            in a folder `experiments`.
 
     Raises:
         ResultError: a result is missing or damaged, or a file is not what the results render to.
     """
-    evidence = read_evidence(results, sections, runs)
+    evidence = read_evidence(results, sections, experiments, runs)
     texts = {
         name: _checked(paper / name, page) for name, page in pages(evidence, templates).items()
     }
     drawings = {
-        section: _drawn_again(evidence.sections[section], figures / section) for section in sections
+        name: _drawn_again(bars, ablation, figures / name)
+        for name, ablation in evidence.sections.items()
+    } | {
+        f"experiments/{name}": _drawn_again(draw, experiment, figures / "experiments" / name)
+        for name, experiment in evidence.experiments.items()
+    }
+    parts = {
+        section: [facts.name for facts in ablation.configurations]
+        for section, ablation in evidence.sections.items()
+    } | {
+        name: [point.run for point in experiment.points]
+        for name, experiment in evidence.experiments.items()
     }
     aggregates = {
-        evidence.files[section]: ResultFile(
-            sha256=evidence.digests[evidence.files[section]],
-            runs=[evidence.run_files[facts.name] for facts in ablation.configurations],
+        evidence.files[name]: ResultFile(
+            sha256=evidence.digests[evidence.files[name]],
+            runs=[evidence.run_files[run] for run in found],
         )
-        for section, ablation in evidence.sections.items()
+        for name, found in parts.items()
     }
     measured = {
         file: ResultFile(sha256=evidence.digests[file], runs=[])
@@ -118,11 +136,18 @@ def make_manifest(
 
 def pages(evidence: Evidence, templates: Path) -> dict[str, Page]:
     """Every text of the paper, by the name of its file."""
-    section = templates / "ablation.tex.j2"
-    return {
-        f"{name}.tex": render(ablation, section, evidence.files[name])
-        for name, ablation in evidence.sections.items()
-    } | {f"{name}.tex": text(evidence, templates / f"{name}.tex.j2") for name in TEXTS}
+    section, grid = templates / "ablation.tex.j2", templates / "experiment.tex.j2"
+    return (
+        {
+            f"{name}.tex": render(ablation, section, evidence.files[name])
+            for name, ablation in evidence.sections.items()
+        }
+        | {
+            f"experiments/{name}.tex": render_experiment(experiment, grid, evidence.files[name])
+            for name, experiment in evidence.experiments.items()
+        }
+        | {f"{name}.tex": text(evidence, templates / f"{name}.tex.j2") for name in TEXTS}
+    )
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
@@ -139,18 +164,20 @@ def describe(path: Path) -> Iterator[str]:
     """Lines that say where each value of a text or figure comes from.
 
     A value stands with its line and column, then each of its places: the result file, the JSON
-    path, what stands there, and of an aggregate's configuration the run that measured it. The
-    digests of the files named follow.
+    path, what stands there, and of an aggregate's configuration or point the run that measured it.
+    The digests of the files named follow.
 
     Raises:
         ResultError: there is no manifest beside the file, it does not speak of it, or the file or
             a result file is not what it was.
     """
     manifest, found = _manifest_of(path)
-    entry = found.texts.get(path.name) or found.figures.get(path.stem)
+    # Figures may lie in a folder of their own, beside the texts.
+    name = path.relative_to(manifest.parent).as_posix().removeprefix("figures/")
+    entry = found.texts.get(name) or found.figures.get(name.removesuffix(path.suffix))
     if entry is None:
         known = ", ".join([*found.texts, *found.figures])
-        raise ResultError(f"{manifest}: does not speak of {path.name!r}, but of {known}")
+        raise ResultError(f"{manifest}: does not speak of {name!r}, but of {known}")
     recorded = entry.sha256 if isinstance(entry, Text) else entry.sha256.get(path.suffix)
     _unchanged(path, recorded, manifest)
     places = _Places(found, manifest)
@@ -178,9 +205,9 @@ class _Places:
         value = lookup(self._parsed(source.file), source.path)
         line = f"{source.file} {source.path} = {_short(value)}"
         runs = self._manifest.results[source.file].runs
-        _, found, rest = source.path.partition("$.configurations[")
-        if runs and found and "]" in rest:
-            run = runs[int(rest.partition("]")[0])]
+        found = re.match(r"\$\.(?:configurations|points)\[(\d+)\]", source.path)
+        if runs and found:
+            run = runs[int(found[1])]
             self._parsed(run)
             line += f"  (measured in {run})"
         return line
@@ -197,7 +224,7 @@ def _short(value: object) -> str:
 
 
 def _manifest_of(path: Path) -> tuple[Path, Manifest]:
-    for folder in (path.parent, path.parent.parent):
+    for folder in list(path.parents)[:3]:
         candidate = folder / "manifest.json"
         if candidate.is_file():
             return candidate, read_manifest(candidate)
@@ -235,8 +262,8 @@ def _checked(path: Path, page: Page) -> Text:
     return Text(sha256=digest_of(path), shown=page.shown)
 
 
-def _drawn_again(ablation: Ablation, figure: Path) -> Drawing:
-    """The entry of a figure whose files are what is drawn; `figure` is their path, no suffix."""
+def _drawn_again(build: Callable[[AnyFact], Figure], facts: AnyFact, figure: Path) -> Drawing:
+    """The entry of a figure that is what `build` draws; `figure` is its path without suffix."""
     sources: dict[Source, None] = {}
     files = [path for path in map(figure.with_suffix, FORMATS) if path.is_file()]
     if not files:
@@ -244,7 +271,7 @@ def _drawn_again(ablation: Ablation, figure: Path) -> Drawing:
     with tempfile.TemporaryDirectory() as folder:
         again = Path(folder) / "figure"
         save(
-            bars(watched(ablation, lambda source: sources.setdefault(source))),
+            build(watched(facts, lambda source: sources.setdefault(source))),
             again.with_suffix(".pdf"),
             again.with_suffix(".png"),
         )

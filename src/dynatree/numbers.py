@@ -42,6 +42,7 @@ def _names(evidence: Evidence) -> dict[str, object]:
     outputs = counted(measured, *(facts.name for facts in measured)) * first.setting.prompts
     return {
         "sections": evidence.sections,
+        "experiments": list(evidence.experiments),
         "setting": first.setting,
         "backward": BACKWARD,
         "named": _named(measured),

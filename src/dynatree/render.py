@@ -7,7 +7,7 @@ that it comes from (`dynatree.trace`). A page lists these places beside its text
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +31,8 @@ from dynatree.ablation import (
     Table,
 )
 from dynatree.errors import ResultError
+from dynatree.experiments import Experiment, PointFacts, axis_words, place_words, value_words
+from dynatree.experiments import Value as GridValue
 from dynatree.facts import Fact
 from dynatree.trace import (
     Source,
@@ -152,6 +154,56 @@ def render(ablation: Ablation, template: Path, file: str) -> Page:
             "outputs": outputs,
             "threads": distinct(facts.threads for facts in configurations),
             "unequal": sum(facts.unequal_prompts for facts in configurations),
+        },
+    )
+
+
+def render_experiment(experiment: Experiment, template: Path, file: str) -> Page:
+    """What the paper says of an experiment; see `render`."""
+    experiment = located(experiment, file)
+    points, measured = experiment.shown, experiment.points
+
+    def many(found: Sequence[PointFacts]) -> int:
+        return counted(found, *(point.name for point in found))
+
+    def of(verdict: str, found: Sequence[PointFacts]) -> int:
+        """How many of the changes have this verdict, which all of them decide."""
+        fitting = [point for point in found if point.change and point.change.against(0) == verdict]
+        return traced(len(fitting), sources_of(*(point.change for point in found)))
+
+    def largest(found: Sequence[PointFacts]) -> PointFacts:
+        return max(found, key=lambda point: point.speedup.value)
+
+    def errors(found: Sequence[PointFacts]) -> list[float]:
+        """How far each prediction is from the measured speedup, relative to it."""
+        return [
+            abs(point.predicted.speedup / point.speedup.value - 1)
+            for point in found
+            if point.predicted
+        ]
+
+    return fill(
+        template,
+        {
+            "experiment": experiment,
+            "file": Path(file).name,
+            "points": points,
+            "places": [found for _, found in experiment.places],
+            "rows": experiment.rows,
+            "many": many,
+            "of": of,
+            "distinct": lambda found, name: distinct(getattr(point, name) for point in found),
+            "having": lambda found, axis: [point for point in found if axis in point.values],
+            "largest": largest,
+            "fastest": largest(points),
+            "slowest": min(points, key=lambda point: point.speedup.value),
+            "foretold_best": lambda found: max(found, key=lambda point: point.predicted.speedup),
+            "mean_error": lambda found: sum(errors(found)) / len(found),
+            "largest_error": lambda found: traced(max(errors(found)), sources_of(*errors(found))),
+            "commits": distinct(commit(facts) for facts in measured),
+            "outputs": sum(facts.prompts for facts in measured),
+            "unequal": sum(facts.unequal_prompts for facts in measured),
+            "single": all(point.prompts == 1 for point in points),
         },
     )
 
@@ -371,6 +423,21 @@ def _tuning(overrides: list[Override]) -> str:
     )
 
 
+def _axis(name: str) -> Tex:
+    """A field of a grid in words."""
+    return escape(axis_words(name))
+
+
+def _value(value: GridValue) -> Tex:
+    """A value of a field of a grid."""
+    return traced(breakable(value_words(value)), sources_of(value))
+
+
+def _place(values: dict[str, GridValue]) -> Tex:
+    """A place in a grid in words."""
+    return traced(breakable(place_words(values)), sources_of(*values.values()))
+
+
 def _marks(ablation: Ablation, table: Table) -> dict[str, Tex]:
     """A footnote mark for each different tuning in `table`."""
     overrides = [ablation.facts(row.configuration).overrides for row in table.rows]
@@ -383,6 +450,7 @@ def _marks(ablation: Ablation, table: Table) -> dict[str, Tex]:
 
 
 _FILTERS: dict[str, Callable[..., Any]] = {
+    "axis": _axis,
     "breakable": breakable,
     "change": _change,
     "certified": _certified,
@@ -396,6 +464,7 @@ _FILTERS: dict[str, Callable[..., Any]] = {
     "milliseconds": _milliseconds,
     "minutes": _minutes,
     "parameters": _parameters,
+    "place": _place,
     "range": _range,
     "rate": _rate,
     "ratio": _ratio,
@@ -404,4 +473,5 @@ _FILTERS: dict[str, Callable[..., Any]] = {
     "size": _size,
     "stacked": _stacked,
     "tuning": _tuning,
+    "value": _value,
 }
