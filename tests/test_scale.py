@@ -50,8 +50,5 @@ def test_the_record_is_of_small_and_large_studies():
 
 @pytest.mark.parametrize("step", ["plan", "measure", "aggregate", "current"])
 def test_no_step_grows_faster_than_the_study_by_much(step):
-    """Between 100 and 1000 configurations, what is added for each may double at most."""
-    seconds = {size: entry["seconds"][step] for size, entry in ENTRIES.items()}
-    early = (seconds[300] - seconds[100]) / 200
-    late = (seconds[1000] - seconds[300]) / 700
-    assert late < 2 * early
+    """Ten times the study takes less than fifteen times as long."""
+    assert ENTRIES[1000]["seconds"][step] < 15 * ENTRIES[100]["seconds"][step]
