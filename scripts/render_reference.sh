@@ -29,4 +29,5 @@ for text in numbers prose tables; do
 done
 python scripts/write_manifest.py --results "$folder" --runs "$folder/runs" --sections "${sections[@]}" \
     --experiments "${experiments[@]}" --templates paper/templates --paper "$folder" --figures "$folder" --out "$folder/manifest.json"
-python scripts/update_readme.py --readme README.md --reference "$folder" --benchmarks bench/results
+python scripts/update_readme.py --readme README.md --reference "$folder" --benchmarks bench/results \
+    --pages docs/scale.md

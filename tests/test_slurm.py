@@ -121,7 +121,7 @@ def test_lost_jobs_and_a_lost_node_end_in_a_complete_table(pipeline):
     cluster.start_node()
     assert pipeline.finish() != 0, pipeline.output()
     # Which is said of the second depends on what of the node was heard last.
-    ends = re.findall(r"SLURM-job '\d+' failed, SLURM status is: '(\w+)'", pipeline.output())
+    ends = re.findall(r"SLURM-job '\d+' failed.*, SLURM status is: '(\w+)'", pipeline.output())
     assert ends[0] == "CANCELLED"
     assert len(ends) == 2
     assert ends[1] in ("NODE_FAIL", "FAILED")
