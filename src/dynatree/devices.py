@@ -172,23 +172,23 @@ def gpus(say: Callable[[str], None]) -> list[Unit]:
     Args:
         say: told if NVML cannot be read although there are GPUs.
     """
-    nvml = _nvml()
-    if isinstance(nvml, str):
+    driver = nvml()
+    if isinstance(driver, str):
         found = _gpus_of_proc()
         if found:
             say(
-                f"NVML cannot be read ({nvml}): whether somebody else uses a GPU is not known; "
+                f"NVML cannot be read ({driver}): whether somebody else uses a GPU is not known; "
                 "install dynatree[gpu]"
             )
     else:
         found = []
-        for index in range(nvml.nvmlDeviceGetCount()):
-            handle = nvml.nvmlDeviceGetHandleByIndex(index)
-            name = f"GPU {index} ({nvml.nvmlDeviceGetName(handle)})"
-            found.append(Unit(nvml.nvmlDeviceGetUUID(handle), name))
+        for index in range(driver.nvmlDeviceGetCount()):
+            handle = driver.nvmlDeviceGetHandleByIndex(index)
+            name = f"GPU {index} ({driver.nvmlDeviceGetName(handle)})"
+            found.append(Unit(driver.nvmlDeviceGetUUID(handle), name))
             try:
-                nvml.nvmlDeviceGetComputeRunningProcesses(handle)
-            except nvml.NVMLError as error:
+                driver.nvmlDeviceGetComputeRunningProcesses(handle)
+            except driver.NVMLError as error:
                 say(f"{name}: NVML does not say which processes use it ({error})")
     listed = os.environ.get(VISIBLE)
     if listed is None:
@@ -214,8 +214,8 @@ def _wanted(device: str, visible: Sequence[Unit]) -> Sequence[Unit]:
     listed = os.environ.get(VISIBLE)
     limited = "" if listed is None else f" with {VISIBLE}={listed!r}"
     if not visible:
-        nvml = _nvml()
-        hint = f" (NVML: {nvml})" if isinstance(nvml, str) else ""
+        driver = nvml()
+        hint = f" (NVML: {driver})" if isinstance(driver, str) else ""
         raise DeviceError(
             f"device: {device!r} asked for, no GPU is found{limited}{hint}; use auto or cpu"
         )
@@ -331,7 +331,7 @@ def _folder() -> Iterator[Path]:
         ) from None
 
 
-def _nvml() -> Any:
+def nvml() -> Any:
     """The module `pynvml`, ready for use, or why there is none, as text."""
     try:
         import pynvml
@@ -346,13 +346,13 @@ def _nvml() -> Any:
 
 def _processes(unit: Unit) -> dict[int, str]:
     """The processes that compute on a GPU, by id, and what they are; of a core none are known."""
-    nvml = None if unit.key.startswith(CORE) else _nvml()
-    if nvml is None or isinstance(nvml, str):
+    driver = None if unit.key.startswith(CORE) else nvml()
+    if driver is None or isinstance(driver, str):
         return {}
     try:
-        handle = nvml.nvmlDeviceGetHandleByUUID(unit.key)
-        listed = nvml.nvmlDeviceGetComputeRunningProcesses(handle)
-    except nvml.NVMLError:
+        handle = driver.nvmlDeviceGetHandleByUUID(unit.key)
+        listed = driver.nvmlDeviceGetComputeRunningProcesses(handle)
+    except driver.NVMLError:
         # That it cannot be asked was said when the GPUs were listed.
         return {}
     return {entry.pid: _process(entry.pid) for entry in listed}

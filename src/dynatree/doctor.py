@@ -25,6 +25,7 @@ from packaging.requirements import Requirement
 
 from dynatree import __version__
 from dynatree.config import Config, load_config
+from dynatree.devices import nvml
 from dynatree.errors import ConfigError
 from dynatree.facts import Fact
 
@@ -283,11 +284,8 @@ def runs_on(capability: tuple[int, int], built: Sequence[str]) -> bool:
 
 def _nvml() -> dict[str, Any]:
     """Fields of `Gpus` that the driver knows; its version at most without NVML."""
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-    except Exception:  # no package, no driver, or one that does not answer
+    pynvml = nvml()
+    if isinstance(pynvml, str):
         try:
             found = re.search(r"Kernel Module\D+([\d.]+)", DRIVER.read_text(encoding="utf-8"))
         except OSError:
