@@ -13,7 +13,7 @@ from dynatree.files import write_text
 from dynatree.provenance import git_facts
 
 MUTANTS = 10_000
-CAMPAIGN = 100_000
+CAMPAIGN = 25_000
 KINDS = {"configurations": fuzzing.configurations, "results": fuzzing.results}
 
 

@@ -18,6 +18,7 @@ from dynatree.drawing import save
 from dynatree.errors import ResultError
 from dynatree.evidence import read_evidence
 from dynatree.experiment_figures import draw
+from dynatree.facts import SEAL, sealed
 from dynatree.figures import bars
 from dynatree.files import digest_of
 from dynatree.manifest import (
@@ -167,7 +168,8 @@ def test_a_changed_result_is_found(copied):
     path = copied / "ablation.json"
     data = json.loads(path.read_text())
     data["configurations"][0]["speedup"]["value"] += 0.5
-    path.write_text(json.dumps(data))
+    del data[SEAL]
+    path.write_text(sealed(json.dumps(data)))
     with pytest.raises(ResultError, match=r"ablation\.tex: line \d+ is not what"):
         remade(copied)
 
