@@ -24,6 +24,7 @@ import yaml
 from dynatree.certificate import read_certificate
 from dynatree.config import Config, load_config
 from dynatree.errors import reporting
+from dynatree.facts import opened, sealed
 from dynatree.files import write_text
 from dynatree.packed import pack
 from dynatree.provenance import git_facts, provenance
@@ -73,14 +74,14 @@ def main() -> None:
             "entries": [entries[key] for key in sorted(entries)],
             "provenance": provenance(torch.device("cpu"), 0),
         }
-        write_text(path, json.dumps(record, indent=1) + "\n")
+        write_text(path, sealed(json.dumps(record, indent=1)))
         write_text(path.with_suffix(".md"), table(record))
     print(f"{path.with_suffix('.md').read_text(encoding='utf-8')}\nwritten to {path} and .md")
 
 
 def read(path: Path) -> dict[str, Any]:
     """A record of this benchmark."""
-    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    record, _ = opened(path.read_bytes())
     return record
 
 
@@ -134,7 +135,7 @@ def prepare(folder: Path, size: int) -> Config:
     for script in ("measure.py", "certify.py"):
         path = folder / "scripts" / script
         path.write_text(STUB + path.read_text(encoding="utf-8"), encoding="utf-8")
-    template = json.loads((REFERENCE / "runs/embedded/dynatree.json").read_text(encoding="utf-8"))
+    template, _ = opened((REFERENCE / "runs/embedded/dynatree.json").read_bytes())
     certificate = read_certificate(REFERENCE / "certificate.json").model_dump(mode="json")
     config = study_of(size, template["spec"], certificate["spec"])
     (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
@@ -147,14 +148,14 @@ def prepare(folder: Path, size: int) -> Config:
         spec = study.spec(name)
         facts = {"spec": spec.model_dump(mode="json"), "spec_digest": spec.digest}
         result = {**template, **facts, "source_digest": measured_by}
-        (ready / f"{name}.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+        (ready / f"{name}.json").write_text(sealed(json.dumps(result)), encoding="utf-8")
     check = next(c for c in certificate["configurations"] if c["name"] == "dynatree")
     certificate |= {
         "spec": study.certificate_spec(study.measured).model_dump(mode="json"),
         "source_digest": source_digest(PACKAGE / "certify.py"),
         "configurations": [{**check, "name": name} for name in study.measured],
     }
-    (ready / "certificate.json").write_text(json.dumps(certificate), encoding="utf-8")
+    (ready / "certificate.json").write_text(sealed(json.dumps(certificate)), encoding="utf-8")
     return study
 
 

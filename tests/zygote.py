@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
+from dynatree import measure, memory, pairs  # noqa: F401 (a job imports them once it has its device)
 from dynatree.errors import reporting
-from dynatree.pairs import load_models
 from dynatree.sources import PACKAGE, source_digest
 from dynatree.specs import parse_spec
 
@@ -57,7 +57,7 @@ def job(main, pair, spec, out, kill=None, file_size=None, unprivileged=False, co
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if pair is not None:
-        main.__globals__["load_models"] = lambda *_: pair
+        pairs.load_models = lambda *_: pair
     if file_size is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
     if unprivileged:
@@ -88,10 +88,10 @@ def serve(text):
     torch.set_num_threads(1)
     main = runpy.run_path(str(SCRIPT))["main"]
     spec = parse_spec(text)
-    pair = load_models(spec.pair, spec.models)
+    pair = pairs.load_models(spec.pair, spec.models)
     # Most of a short job's calls would be its look at its own source.
     digest = source_digest(PACKAGE / "measure.py")
-    main.__globals__["measure"].__globals__["source_digest"] = lambda _: digest
+    measure.source_digest = lambda _: digest
     print("ready", flush=True)
     for line in sys.stdin:
         request = json.loads(line)
