@@ -27,6 +27,7 @@ from dynatree.clock import Timespan
 from dynatree.config import parse_config
 from dynatree.errors import ClockError, FileError, PairError, ResultError
 from dynatree.facts import SEAL, sealed
+from dynatree.failures import failure_path
 from dynatree.files import write_text
 from dynatree.measure import measure
 from dynatree.pairs import load_models
@@ -79,8 +80,9 @@ class Jobs:
         return int(self._process.stdout.readline()), log.read_text()
 
     def left(self):
-        """The names of the files where the result should be, its own left out."""
-        return [path.name for path in self.out.parent.glob("*") if path != self.out]
+        """The names of the files where the result should be, beside it and why there is none."""
+        known = (self.out, failure_path(self.out))
+        return [path.name for path in self.out.parent.glob("*") if path not in known]
 
     def close(self):
         self._process.stdin.close()
@@ -135,8 +137,12 @@ def test_a_job_stopped_at_any_stage_leaves_no_result(jobs, number, record_proper
             assert "run the same command again" in said
             assert "Traceback" not in said
             assert jobs.left() == [], stage
-    # The third is of the temporary file that has become the result.
-    status, said = jobs.run(kill=[("unlink", 3), number])
+    # The last one is of the record of an earlier failure: the result is in its place.
+    count = jobs.folder / "count"
+    assert jobs.run(count=str(count))[0] == 0
+    jobs.out.unlink()
+    last = json.loads(count.read_text())["unlink"]
+    status, said = jobs.run(kill=[("unlink", last), number])
     assert status == STOPPED[number], said
     assert read_result(jobs.out).spec.name == "tree"
     record_property(FAULTS, len(STAGES) + 1)

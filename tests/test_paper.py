@@ -205,7 +205,9 @@ def test_trace_prints_value_place_run_and_digests(at_root, capsys, monkeypatch):
         f"(measured in {run_file})"
     ) in out.splitlines()
     assert f"{run_file}  sha256 {digest_of(Path(run_file))}" in out
-    assert re.search(r"^\d+:\d+  \\measured\{1\.78\}\{\[1\.56, 1\.98\]\}$", out, re.MULTILINE)
+    low, high = value["interval"]["low"], value["interval"]["high"]
+    cell = rf"\measured{{{value['value']:.2f}}}{{[{low:.2f}, {high:.2f}]}}"
+    assert re.search(rf"^\d+:\d+  {re.escape(cell)}$", out, re.MULTILINE)
 
 
 def test_trace_speaks_of_figures_too(at_root):
@@ -415,7 +417,7 @@ def test_no_other_row_is_taken_for_a_full_system_that_is_missing(tmp_path):
     (tmp_path / "runs/micro/tree.json").unlink()
     ablation = aggregate(study, tmp_path / "runs", synthetic.SOURCE, mark_missing=True)
     write_ablation(tmp_path / "ablation.json", ablation)
-    evidence = read_evidence(tmp_path, ["ablation"], tmp_path / "runs")
+    evidence = read_evidence(tmp_path, ["ablation"], [], tmp_path / "runs")
     with pytest.raises(ResultError, match=r"'DynaTree', the full system .* \(not measured\)"):
         rendered(evidence, "numbers")
 
