@@ -23,12 +23,22 @@ def folder(tmp_path):
     return Path(shutil.copytree(REFERENCE, tmp_path / "reference"))
 
 
+SHIPPED = load_config(PROJECT / "config.yaml")
+
+
+def same_texts(experiment):
+    """Whether this Python comes with the texts that the committed results are of."""
+    runs = {point.run for point in SHIPPED.points(experiment)}
+    specs = [read_result(REFERENCE / f"runs/embedded/{run}.json").spec for run in runs]
+    return all(spec.prompts == SHIPPED.spec(spec.name).prompts for spec in specs)
+
+
 EXPERIMENTS = [
     name
-    for name in load_config(PROJECT / "config.yaml").paper.experiments
-    if (REFERENCE / f"experiments/{name}.json").is_file()
+    for name in SHIPPED.paper.experiments
+    if (REFERENCE / f"experiments/{name}.json").is_file() and same_texts(name)
 ]
-"""Those whose results are committed."""
+"""Those whose results are committed, and fit this Python."""
 
 
 @pytest.fixture
@@ -113,6 +123,17 @@ def test_an_incomplete_section_is_left_out_and_said_so(study, folder, tmp_path):
     (folder / "runs/embedded/ar.json").unlink()
     with pytest.raises(ResultError, match=r"no section is complete.*ar\.json"):
         committed(study, folder, tmp_path)
+
+
+def test_an_experiment_on_the_text_of_another_python_is_left_out(monkeypatch, tmp_path):
+    monkeypatch.setattr("dynatree.texts.language_reference", lambda: "Other words.")
+    found = committed(SHIPPED, REFERENCE, tmp_path)
+    assert found.experiments == [
+        name for name in SHIPPED.paper.experiments if name not in ("main", "prompt_length")
+    ]
+    assert any(
+        "another Python than this one: main, prompt_length" in line for line in found.remarks
+    )
 
 
 def test_an_experiment_is_checked_as_a_section_is(folder, tmp_path):

@@ -120,11 +120,12 @@ def test_lost_jobs_and_a_lost_node_end_in_a_complete_table(pipeline):
     cluster.pull_node()
     cluster.start_node()
     assert pipeline.finish() != 0, pipeline.output()
-    # Which is said of the second depends on what of the node was heard last.
+    # Which is said of the others depends on what of the node was heard last, and how many there
+    # are on what had been begun by then.
     ends = re.findall(r"SLURM-job '\d+' failed.*, SLURM status is: '(\w+)'", pipeline.output())
     assert ends[0] == "CANCELLED"
-    assert len(ends) == 2
-    assert ends[1] in ("NODE_FAIL", "FAILED")
+    assert len(ends) >= 2
+    assert set(ends[1:]) <= {"NODE_FAIL", "FAILED"}
     assert pipeline.results() == {}
     assert not (pipeline.folder / TABLE).exists()
 

@@ -13,8 +13,9 @@ from dynatree.config import Config
 from dynatree.differences import differences
 from dynatree.errors import ResultError
 from dynatree.files import short_digest, weights_digest
-from dynatree.results import read_result
+from dynatree.results import RunResult, read_result
 from dynatree.sources import PACKAGE, source_digest
+from dynatree.texts import Selection
 
 SHOWN = 4
 """Names that a message lists before it counts the rest."""
@@ -26,7 +27,7 @@ class Committed:
 
     Attributes:
         sections: of the paper, those of which every result is there.
-        experiments: the same.
+        experiments: the same; those on a text that comes with Python only where it is the same one.
         source_digest: of the code that measured them (hex).
         certifying_digest: of the code that made the certificate (hex).
         remarks: what a reader of the tables should know, one line each.
@@ -94,6 +95,12 @@ def committed(config: Config, folder: Path, pairs: Path) -> Committed:
         reason = str(error).partition("; remove it")[0]
         raise ResultError(f"{reason}; take the file again from where it was measured") from None
 
+    other_text = [name for name, result in results.items() if _of_other_python(result, config)]
+    foreign = {name for name in experiments if set(grids[name]) & set(other_text)}
+    experiments = [name for name in experiments if name not in foreign]
+    taken = list(dict.fromkeys([*names, *(run for name in experiments for run in grids[name])]))
+    results = {name: results[name] for name in taken}
+
     misfits: dict[str, list[str]] = {}
     for name, result in results.items():
         for line in differences(
@@ -132,6 +139,11 @@ def committed(config: Config, folder: Path, pairs: Path) -> Committed:
         for name, paths in lacking.items()
         if paths
     ]
+    if foreign:
+        remarks.append(
+            f"experiments left out, measured on the text of another Python than this one: "
+            f"{_listed(sorted(foreign))}"
+        )
     for what, script, found in (
         ("the results were measured", "measure.py", code),
         ("the certificate was made", "certify.py", certificate.source_digest),
@@ -149,6 +161,15 @@ def committed(config: Config, folder: Path, pairs: Path) -> Committed:
         certificate.source_digest,
         [f"{folder}: {remark}" for remark in (*remarks, *_other_weights(config, weight, pairs))],
     )
+
+
+def _of_other_python(result: RunResult, config: Config) -> bool:
+    """Whether a run fits but for the text of its prompts, which comes with Python."""
+    prompts = config.spec(result.spec.name).prompts
+    if not isinstance(prompts, Selection) or prompts.corpus is None:
+        return False
+    own = result.spec.prompts
+    return isinstance(own, Selection) and own.sha256 != prompts.sha256
 
 
 def _other_weights(config: Config, digest: str, pairs: Path) -> list[str]:
