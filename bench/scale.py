@@ -28,6 +28,7 @@ from dynatree.facts import opened, sealed
 from dynatree.files import write_text
 from dynatree.packed import pack
 from dynatree.provenance import git_facts, provenance
+from dynatree.results import read_result
 from dynatree.sources import PACKAGE, source_digest
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -135,7 +136,7 @@ def prepare(folder: Path, size: int) -> Config:
     for script in ("measure.py", "certify.py"):
         path = folder / "scripts" / script
         path.write_text(STUB + path.read_text(encoding="utf-8"), encoding="utf-8")
-    template, _ = opened((REFERENCE / "runs/embedded/dynatree.json").read_bytes())
+    template = read_result(REFERENCE / "runs/embedded/dynatree.json").model_dump(mode="json")
     certificate = read_certificate(REFERENCE / "certificate.json").model_dump(mode="json")
     config = study_of(size, template["spec"], certificate["spec"])
     (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")

@@ -35,6 +35,17 @@ RESULTS = Path(TAKEN or "results")
 RUNS = f"{RESULTS}/runs"
 CERTIFICATE = f"{RESULTS}/certificate.json"
 
+
+def run_files(names):
+    """The result files of runs, once each."""
+    return [f"{RUNS}/{STUDY.pair}/{name}.json" for name in dict.fromkeys(names)]
+
+
+def point_files(experiment):
+    """The result files of all points of an experiment; points that measure the same share one."""
+    return run_files(point.run for point in STUDY.points(experiment))
+
+
 if TAKEN:
     try:
         FOUND = committed(STUDY, RESULTS, Path("results/pairs"))
@@ -53,19 +64,11 @@ else:
         EXPERIMENTS = PAPER_EXPERIMENTS = [
             name
             for name in PAPER_EXPERIMENTS
-            if all(
-                Path(RUNS, STUDY.pair, f"{point.run}.json").is_file()
-                for point in STUDY.points(name)
-            )
+            if all(Path(file).is_file() for file in point_files(name))
         ]
     MEASURED_BY = source_digest(PACKAGE / "measure.py")
     CERTIFIED_BY = source_digest(PACKAGE / "certify.py")
 TREES = [f"results/trees/{STUDY.pair}/{name}.json" for name in STUDY.trees.configs]
-
-# Jobs that share the host's GPUs share its cores as well.
-GPUS = (
-    workflow.global_resources["gpu"].value if "gpu" in workflow.global_resources else 1
-)
 
 
 wildcard_constraints:
@@ -77,16 +80,15 @@ wildcard_constraints:
 # What every job that loads the pair asks for. On a cluster Snakemake has no cores of its own to
 # share out, and inside a job it would see all those of the node.
 JOB = STUDY.job
+# Jobs that share the host's GPUs share its cores as well.
+GPUS = (
+    workflow.global_resources["gpu"].value if "gpu" in workflow.global_resources else 1
+)
 JOB_THREADS = (
     JOB.threads
     if workflow.nodes or workflow.remote_exec
     else max(1, workflow.cores // max(1, GPUS))
 )
-
-
-def run_files(names):
-    """The result files of runs, once each."""
-    return [f"{RUNS}/{STUDY.pair}/{name}.json" for name in dict.fromkeys(names)]
 
 
 # What the certificate is to be about. It is made for what is there, where none is to be measured.
@@ -112,11 +114,10 @@ def section_runs(section):
 
 
 ALL_RUNS = sorted(
-    {run for section in SECTIONS for run in section_runs(section)}.union(
-        run_files(
-            point.run for name in PAPER_EXPERIMENTS for point in STUDY.points(name)
-        )
-    )
+    {
+        *(run for section in SECTIONS for run in section_runs(section)),
+        *(run for name in PAPER_EXPERIMENTS for run in point_files(name)),
+    }
 )
 
 
@@ -227,7 +228,7 @@ def run_texts(wildcards):
 
 def experiment_runs(wildcards):
     """The results of all points; points that measure the same share one."""
-    return run_files(point.run for point in STUDY.points(wildcards.experiment))
+    return point_files(wildcards.experiment)
 
 
 def experiment_texts(wildcards):

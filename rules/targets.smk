@@ -11,7 +11,7 @@ TARGETS = {
     },
     **{
         ("experiments", name): [
-            run_files(point.run for point in STUDY.points(name)),
+            point_files(name),
             [f"results/experiments/{name}.json", f"results/experiments/{name}.csv"],
             f"paper/experiments/{name}.tex",
             [

@@ -15,6 +15,7 @@ from dynatree.errors import ResultError
 from dynatree.files import short_digest, weights_digest
 from dynatree.results import RunResult, read_result
 from dynatree.sources import PACKAGE, source_digest
+from dynatree.specs import RunSpec
 from dynatree.texts import Selection
 
 SHOWN = 4
@@ -95,11 +96,13 @@ def committed(config: Config, folder: Path, pairs: Path) -> Committed:
         reason = str(error).partition("; remove it")[0]
         raise ResultError(f"{reason}; take the file again from where it was measured") from None
 
-    other_text = [name for name, result in results.items() if _of_other_python(result, config)]
-    foreign = {name for name in experiments if set(grids[name]) & set(other_text)}
+    other_text = {
+        name for name, result in results.items() if _of_other_python(result, config.spec(name))
+    }
+    foreign = [name for name in experiments if other_text & set(grids[name])]
     experiments = [name for name in experiments if name not in foreign]
-    taken = list(dict.fromkeys([*names, *(run for name in experiments for run in grids[name])]))
-    results = {name: results[name] for name in taken}
+    kept = {*names, *(run for name in experiments for run in grids[name])}
+    results = {name: result for name, result in results.items() if name in kept}
 
     misfits: dict[str, list[str]] = {}
     for name, result in results.items():
@@ -142,7 +145,7 @@ def committed(config: Config, folder: Path, pairs: Path) -> Committed:
     if foreign:
         remarks.append(
             f"experiments left out, measured on the text of another Python than this one: "
-            f"{_listed(sorted(foreign))}"
+            f"{_listed(foreign)}"
         )
     for what, script, found in (
         ("the results were measured", "measure.py", code),
@@ -163,13 +166,12 @@ def committed(config: Config, folder: Path, pairs: Path) -> Committed:
     )
 
 
-def _of_other_python(result: RunResult, config: Config) -> bool:
-    """Whether a run fits but for the text of its prompts, which comes with Python."""
-    prompts = config.spec(result.spec.name).prompts
-    if not isinstance(prompts, Selection) or prompts.corpus is None:
+def _of_other_python(result: RunResult, spec: RunSpec) -> bool:
+    """Whether the prompts are of a text that comes with Python, and not of this one's."""
+    here, there = spec.prompts, result.spec.prompts
+    if not isinstance(here, Selection) or not isinstance(there, Selection):
         return False
-    own = result.spec.prompts
-    return isinstance(own, Selection) and own.sha256 != prompts.sha256
+    return here.corpus is not None and here.sha256 != there.sha256
 
 
 def _other_weights(config: Config, digest: str, pairs: Path) -> list[str]:
