@@ -103,17 +103,21 @@ def draft_level(decoder: Decoder, width: int, context: int) -> tuple[Any, Callab
     nodes, depth = slice(width - 1, 2 * width - 1), width.bit_length() - 1
     visible = decoder.runtime.visible(context + nodes.stop)
     columns = tree.columns(torch.arange(1, visible + 1, device=position.device), position)
+    levels, deeper, size = tree._levels[:depth], tree._levels[depth + 1 :], tree.size
+    above = levels[-1] if levels else tree._root
 
     def level() -> None:
         logits = drafter.runner.forward(
-            tree.tokens[nodes],
-            (position + depth).expand(width),
+            above.tokens,
+            (position + depth).repeat(width),
             tree.indices[nodes] + position,
-            tree.attention_mask(nodes.start, nodes.stop, columns),
+            above.attention_mask(columns, None),
         )
-        # The next level is grown again, over the last time's.
-        tree.size = nodes.stop
-        drafter._extend(nodes, None, tree.log_probs[nodes], logits, 2 * width, depth + 1)
+        # The next level is grown again, in the place of the last time's.
+        tree._levels[:], tree.size = levels, nodes.stop
+        drafter._extend(None, above.log_probs, logits, 2 * width, depth + 1)
+        tree._levels += deeper
+        tree.size = size
 
     return ("draft", width, visible), level
 

@@ -116,11 +116,14 @@ def watched(decoder: Decoder, clock: PhaseClock) -> Iterator[None]:
         clock.mark(phase)
         phase = "host"
 
-    def forward(call: Callable[..., Any], part: str, **inputs: Any) -> Any:
-        clock.mark(phase)
-        output = call(**inputs)
-        clock.mark(part)
-        return output
+    def timed(call: Callable[..., Any], part: str) -> Callable[..., Any]:
+        def forward(**inputs: Any) -> Any:
+            clock.mark(phase)
+            output = call(**inputs)
+            clock.mark(part)
+            return output
+
+        return forward
 
     with ExitStack() as stack:
         stack.enter_context(replaced(runtime, "run", marked))
@@ -131,8 +134,7 @@ def watched(decoder: Decoder, clock: PhaseClock) -> Iterator[None]:
             if decoder._drafter is not None:
                 runners["draft_forwards"] = decoder._drafter.runner
             for part, runner in runners.items():
-                call = partial(forward, runner._call, part)
-                stack.enter_context(replaced(runner, "_call", call))
+                stack.enter_context(replaced(runner, "_call", timed(runner._call, part)))
         yield
 
 

@@ -24,12 +24,12 @@ def breadth_first_positions(monkeypatch):
 def siblings_see_each_other(monkeypatch):
     attention_mask = DraftTree.attention_mask
 
-    def broken(self, start, stop, columns):
-        mask = attention_mask(self, start, stop, columns)
+    def broken(self, count, columns):
+        mask = attention_mask(self, count, columns)
         nodes = self.parents[: self.size]
-        siblings = nodes[start:stop, None] == nodes[None]
+        siblings = nodes[:count, None] == nodes[None]
         siblings[:, 0] = False
-        siblings[self.depths[start:stop] == 0] = False
+        siblings[self.depths[:count] == 0] = False
         root = int((columns == 0).sum())
         mask[:, root : root + self.size] |= siblings
         return mask
@@ -62,8 +62,8 @@ def refused_nodes_stay(monkeypatch):
     """The cache crop of an engine with slots: what lies beyond the tree is seen as committed."""
     attention_mask = DraftTree.attention_mask
 
-    def broken(self, start, stop, columns):
-        return attention_mask(self, start, stop, columns % (self.capacity + 1))
+    def broken(self, count, columns):
+        return attention_mask(self, count, columns % (self.capacity + 1))
 
     monkeypatch.setattr(DraftTree, "attention_mask", broken)
 

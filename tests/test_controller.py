@@ -193,9 +193,9 @@ def test_close_to_the_best_fixed_candidate(step, row, first):
 def test_ranks_and_children_of_a_path():
     tree = DraftTree(7, torch.device("cpu"))
     tree.plant(torch.tensor([9]))
-    zeros = torch.zeros(2)
-    tree.extend(torch.tensor([0, 0]), torch.tensor([1, 2]), zeros, 1)
-    tree.extend(torch.tensor([1, 2, 2]), torch.tensor([3, 4, 5]), torch.zeros(3), 2)
+    tree.extend(torch.tensor([0, 0]), torch.tensor([1, 2]), torch.zeros(2))
+    tree.extend(torch.tensor([0, 1, 1]), torch.tensor([3, 4, 5]), torch.zeros(3))
+    tree.join()
     # Root, its second child, the second child of that; the last row is padding.
     ranks, children = ranks_and_children(tree, torch.tensor([0, 2, 5]), 7)
     assert ranks.tolist() == [0, 1, 1]

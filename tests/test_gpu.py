@@ -24,7 +24,7 @@ from dynatree.controller import CostModel
 from dynatree.drafting import Drafter
 from dynatree.report import Report
 from dynatree.runtime import SLOT_BUCKETS, Runtime, forward
-from dynatree.tree import DraftTree
+from dynatree.tree import DraftTree, Rows
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)
@@ -531,8 +531,10 @@ def tree_in_tensors_of_one_graph(monkeypatch):
     grow = Drafter.grow
 
     def broken(self, *args):
-        tree = copy.copy(grow(self, *args))
-        tree.tokens = tree.tokens.clone()
+        tree = grow(self, *args)
+        rows = Rows(tree, tree.size)
+        rows.tokens = rows.tokens.clone()
+        tree._rows[tree.size] = rows
         return tree
 
     monkeypatch.setattr(Drafter, "grow", broken)

@@ -10,7 +10,7 @@ from torch import nn
 
 import dynatree
 from dynatree.errors import DecodeError
-from dynatree.packing import PackedLinear, packed
+from dynatree.packing import PackedLinear, _faster, packed
 from dynatree.runner import ModelRunner
 from dynatree.runtime import Runtime
 
@@ -19,7 +19,9 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def small_weights_too(monkeypatch):
+    """Packs all layers, whether they gain or not."""
     monkeypatch.setattr("dynatree.packing.MIN_WEIGHTS", 1)
+    monkeypatch.setattr("dynatree.packing._faster", lambda layers, plain: True)
 
 
 def test_auto_is_eager_on_a_cpu():
@@ -153,6 +155,47 @@ def test_packed_weights_go_with_their_model(small_weights_too):
     del model
     gc.collect()
     assert len(_PACKED) == known - 1
+
+
+@pytest.mark.parametrize("gaining", [set(), {(32, 32)}, {(32, 64), (VOCAB, 32)}])
+def test_layers_are_packed_where_their_shape_gains(gaining, monkeypatch):
+    """A pass through packed layers takes half of a second, or two; one through plain ones, one."""
+    monkeypatch.setattr("dynatree.packing.MIN_WEIGHTS", 1)
+    timed = []
+
+    def seconds(calls, reset, wait):
+        for call in calls:
+            call()
+        layers, plain = (call.args[0] for call in calls[:2])
+        shape = tuple(plain[0].weight.shape)
+        timed.append(shape)
+        assert {tuple(linear.weight.shape) for linear in plain} == {shape}
+        assert [type(layer) for layer in layers] == [PackedLinear] * len(plain)
+        assert [call.args[0] for call in calls[1::2]] == [plain, plain]
+        return [0.5 if shape in gaining else 2.0, 1.0] * 2
+
+    monkeypatch.setattr("dynatree.packing.median_seconds", seconds)
+    model = build("llama", layers=2)
+    twin = packed(model)
+    assert len(timed) == len(set(timed)) > 2
+    expected = [tuple(linear.weight.shape) in gaining for linear in linears(model, nn.Linear)]
+    modules = [module for module in twin.modules() if type(module) in (nn.Linear, PackedLinear)]
+    assert [type(module) is PackedLinear for module in modules] == expected
+    assert (twin is model) == (not gaining)
+    assert packed(model) is twin
+    assert len(timed) == len(set(timed))
+
+
+def test_both_layouts_are_really_timed():
+    class Slow(nn.Linear):
+        def forward(self, states):
+            for _ in range(50):
+                super().forward(states)
+            return super().forward(states)
+
+    slow, fast = [Slow(8, 8)], [nn.Linear(8, 8)]
+    assert _faster(fast, slow)
+    assert not _faster(slow, fast)
 
 
 @pytest.mark.parametrize("change", ["small", "bfloat16"])

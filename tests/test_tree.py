@@ -30,9 +30,13 @@ def levels(draw):
 
 def grow(tree, grown):
     tree.plant(torch.tensor([7]))
-    for depth, level in enumerate(grown, start=1):
+    above = 0
+    for level in grown:
         parents, tokens, log_probs = zip(*level, strict=True)
-        tree.extend(torch.tensor(parents), torch.tensor(tokens), torch.tensor(log_probs), depth)
+        start = tree.size
+        tree.extend(torch.tensor(parents) - above, torch.tensor(tokens), torch.tensor(log_probs))
+        above = start
+    tree.join()
     return tree
 
 
@@ -77,17 +81,39 @@ def test_tree_is_its_parents_also_when_planted_again(first, second):
 def test_attention_mask_shows_prefix_and_ancestors_only(first, grown, prefix, data):
     tree = DraftTree(32, CPU)
     grow(grow(tree, first), grown)
-    start = data.draw(st.integers(0, tree.size - 1))
-    stop = data.draw(st.integers(start + 1, tree.size))
-    visible = data.draw(st.integers(prefix + stop, prefix + 60))
+    count = data.draw(st.integers(1, tree.size))
+    visible = data.draw(st.integers(prefix + count, prefix + 60))
     parents = flat(grown)[0]
     mask = tree.attention_mask(
-        start, stop, tree.columns(torch.arange(1, visible + 1), torch.tensor([prefix]))
+        count, tree.columns(torch.arange(1, visible + 1), torch.tensor([prefix]))
     )
     assert mask.tolist() == [
         [slot < prefix or slot - prefix in path_of(parents, node) for slot in range(visible)]
-        for node in range(start, stop)
+        for node in range(count)
     ]
+
+
+@settings(max_examples=60, derandomize=True, deadline=None)
+@given(grown=levels(), prefix=st.integers(0, 5), data=st.data())
+def test_a_level_that_grows_has_the_mask_of_the_finished_tree(grown, prefix, data):
+    columns = DraftTree(32, CPU).columns(torch.arange(1, prefix + 40), torch.tensor([prefix]))
+    tree = DraftTree(32, CPU)
+    tree.plant(torch.tensor([7]))
+    above, masks = 0, []
+    for nodes in grown:
+        parents, tokens, log_probs = map(torch.tensor, zip(*nodes, strict=True))
+        start = tree.size
+        level = tree.extend(parents - above, tokens, log_probs)
+        assert tree.last.tolist() == list(range(start, tree.size))
+        chosen = sorted(data.draw(st.sets(st.sampled_from(range(len(nodes))), min_size=1)))
+        whole = level.attention_mask(columns, None)
+        assert level.attention_mask(columns, torch.tensor(chosen)).equal(whole[chosen])
+        masks.append((start, tree.size, whole))
+        above = start
+    tree.join()
+    assert tree.deepest == len(grown)
+    for start, stop, mask in masks:
+        assert mask.equal(tree.attention_mask(tree.size, columns)[start:stop])
 
 
 @settings(max_examples=80, derandomize=True, deadline=None)

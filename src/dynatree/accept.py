@@ -43,16 +43,18 @@ def accept_greedy(tree: DraftTree, choices: Tensor, longest: int, static: bool) 
     count = len(choices)
     if count == 1:
         return Accepted(torch.zeros_like(choices), choices, torch.ones_like(choices))
-    ancestors = tree.ancestors[:count, :count]
-    refused = choices.index_select(0, tree.parents[:count]) != tree.tokens[:count]
-    refused[0] = False
-    # A padding row is not even its own ancestor.
-    accepted = ancestors.diagonal() & ~(ancestors & refused).any(dim=-1)
+    rows = tree.first(count)
+    refused = choices.index_select(0, rows.drafted_parents) != rows.drafted_tokens
+    accepted = (rows.drafted_ancestors & refused).any(dim=-1).logical_not_()
     if static:
-        path = torch.where(accepted, tree.indices[:count], count - 1).sort().values[:longest]
+        # A padding row is not even its own ancestor.
+        accepted &= rows.living
+        path = torch.where(accepted, rows.indices, count - 1).sort().values[:longest]
+        number = accepted.sum(dim=0, keepdim=True)
     else:
         path = accepted.nonzero().view(-1)
-    return Accepted(path, choices.index_select(0, path), accepted.sum(dim=0, keepdim=True))
+        number = tree.indices[len(path) : len(path) + 1]
+    return Accepted(path, choices.index_select(0, path), number)
 
 
 def ranks_and_children(tree: DraftTree, path: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -64,9 +66,9 @@ def ranks_and_children(tree: DraftTree, path: Tensor, count: int) -> tuple[Tenso
     Returns:
         int64 [m] ranks, 0 for the first child and for the root, and int64 [m] children.
     """
-    living = tree.ancestors[:count, :count].diagonal()
-    parents = torch.where(living, tree.parents[:count], -1)
+    rows = tree.first(count)
+    parents = torch.where(rows.living, rows.parents, -1)
     parents[0] = -1
     siblings = parents.index_select(0, path)[:, None] == parents
-    ranks = (siblings & (tree.indices[:count] < path[:, None])).sum(dim=-1)
+    ranks = (siblings & (rows.indices < path[:, None])).sum(dim=-1)
     return ranks, (parents == path[:, None]).sum(dim=-1)

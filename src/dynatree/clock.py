@@ -4,6 +4,7 @@ Durations are differences of the monotonic clock, which no correction of the tim
 """
 
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -55,14 +56,8 @@ class PhaseClock:
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
+        self._now: Callable[[], Any] = _event if self._cuda else time.perf_counter
         self._marks: list[tuple[str, Any]] = []
-
-    def _now(self) -> Any:
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
 
     def start(self) -> None:
         """Forgets all marks and begins the first phase."""
@@ -83,3 +78,10 @@ class PhaseClock:
                 _forward(span)
             totals[phase] = totals.get(phase, 0.0) + span
         return totals
+
+
+def _event() -> torch.cuda.Event:
+    """Recorded now, on the current stream."""
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event

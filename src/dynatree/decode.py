@@ -142,8 +142,9 @@ class Decoder:
         # All committed tokens by position; what lies beyond `position` means nothing.
         self._history = torch.zeros(slots, dtype=torch.long, device=device)
         self._choices = torch.zeros(self._most_rows, dtype=torch.long, device=device)
+        self._chosen = self._choices
         self._counted = torch.arange(1, slots + 1, device=device)
-        self._report = Report(longest, device)
+        self._report = Report(longest, device, gathered=self.runtime.static)
         self._streams = 0
         self._prepared = False
         self._observer: Observer | None = None
@@ -368,7 +369,7 @@ class Decoder:
                     report = self._report.read()
                     clock.mark("draft")
                 nodes, depth = report.nodes, report.depth
-                verified = partial(self._observe, rule, steps, nodes, remaining)
+                before = remaining
                 self._verify(nodes, bound)
                 stats.target_forwards += 1
                 clock.mark("verify")
@@ -382,7 +383,8 @@ class Decoder:
                     steps = self._grow(rule, bound + self._longest, remaining, stats)
                     clock.mark("draft")
                 report = self._report.read()
-                learn = partial(verified, report)
+                if self._controller is not None:
+                    learn = partial(self._observe, rule, steps, nodes, before, report)
                 tokens = report.tokens[:remaining]
                 bound += len(report.tokens)
                 remaining -= len(tokens)
@@ -409,10 +411,9 @@ class Decoder:
         self._position += 1
         self._history[: len(prompt)] = prompt
         self._history[len(prompt)] = choices[0]
-        self._root.plant(choices)
         self._tree = self._root
-        self._report.committed(choices, torch.ones_like(choices))
-        self._report.grown(self._root, trimmed=True)
+        self._report.committed(choices, 1)
+        self._report.grown(self._root)
 
     def _choose(self, logits: Tensor, tree: DraftTree) -> Tensor:
         """The token after each of the first n rows of `tree`, as [n]; the report hears of a NaN.
@@ -427,7 +428,7 @@ class Decoder:
             drafted = drafter is not None and tree is not self._root
             origins = drafter.origins[:rows] if drafter is not None and drafted else None
             best, choices = self._sampler.choose(
-                logits, self._position, tree.depths[:rows], origins
+                logits, self._position, tree.first(rows).depths, origins
             )
         self._report.chosen(best)
         return choices
@@ -473,7 +474,7 @@ class Decoder:
             stats.draft_forwards += 1
         if depth == 0 and not self.runtime.static:
             self._tree = self._root
-            self._report.grown(self._root, trimmed=True)
+            self._report.grown(self._root)
             return 0
         self.runtime.run(("grow", rule, visible), lambda: self._grow_phase(rule, depth, visible))
         # A replayed phase leaves the drafter's own count as it is, and takes all steps.
@@ -489,7 +490,7 @@ class Decoder:
         assert self._drafter is not None
         self._drafter.follow(rule)
         self._tree = self._drafter.grow(self._history, self._position, depth, visible)
-        self._report.grown(self._tree, trimmed=not self.runtime.static)
+        self._report.grown(self._tree)
 
     def _verify(self, nodes: int, bound: int) -> None:
         """Phase 2: the target's choice after the root and each of `nodes` draft nodes."""
@@ -498,15 +499,24 @@ class Decoder:
         self.runtime.run(("verify", rows, visible), lambda: self._verify_phase(rows, visible))
 
     def _verify_phase(self, rows: int, visible: int) -> None:
-        tree = self._tree
-        columns = tree.columns(self._counted[:visible], self._position)
+        tree, position = self._tree, self._position
+        if tree is self._root:
+            tree.plant(self._history.index_select(0, position))
+        if tree.shown is None:
+            columns = tree.columns(self._counted[:visible], position)
+        else:
+            columns = tree.shown[:visible]
+        nodes = tree.first(rows)
         logits = self._target.forward(
-            tree.tokens[:rows],
-            tree.depths[:rows] + self._position,
-            tree.indices[:rows] + self._position,
-            tree.attention_mask(0, rows, columns),
+            nodes.tokens,
+            nodes.depths + position,
+            nodes.indices + position,
+            tree.attention_mask(rows, columns),
         )
-        self._choices[:rows] = self._choose(logits, tree)
+        self._chosen = self._choose(logits, tree)
+        if self.runtime.static:
+            # Where the phase that follows finds it, whichever verification was replayed.
+            self._choices[:rows] = self._chosen
 
     def _commit(self, nodes: int) -> None:
         """Phase 3: the accepted path joins the committed tokens of both models."""
@@ -515,10 +525,11 @@ class Decoder:
 
     def _commit_phase(self, rows: int) -> None:
         tree, position, static = self._tree, self._position, self.runtime.static
-        accepted = accept_greedy(tree, self._choices[:rows], self._longest, static)
+        choices = self._choices[:rows] if static else self._chosen
+        accepted = accept_greedy(tree, choices, self._longest, static)
         path, drafter = accepted.path, self._drafter
         if self._observer is not None:
-            self._observer.verified(tree, self._choices[:rows], accepted)
+            self._observer.verified(tree, choices, accepted)
         # A chain that the draft gave is where it belongs already, and so is a path that is one.
         moves = self.strategy.max_children > 1 or self.strategy.ngram_tokens > 0
         if moves and not static and drafter is not None:
@@ -528,7 +539,7 @@ class Decoder:
             self._target.cache.gather(path + position, destinations)
             drafter.keep(path, position, destinations)
         if drafter is not None:
-            drafter.learn(accepted.count - 1, tree)
+            drafter.learn(accepted.count, tree)
             if len(self.strategy.rules) > 1:
                 self._report.ranked(*ranks_and_children(tree, path, rows))
             if self.strategy.ngram_tokens > 0:
@@ -536,7 +547,6 @@ class Decoder:
         places = tree.indices[1 : len(path) + 1] + position
         self._history.index_copy_(0, places, accepted.tokens)
         position += accepted.count
-        self._root.plant(self._history.index_select(0, position))
         self._report.committed(accepted.tokens, accepted.count)
 
 

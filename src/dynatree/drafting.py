@@ -12,7 +12,7 @@ from dynatree.runner import ModelRunner
 from dynatree.runtime import Runtime
 from dynatree.sampling import Sampler
 from dynatree.strategies import StrategyBase
-from dynatree.tree import DraftTree
+from dynatree.tree import DraftTree, Level
 
 if TYPE_CHECKING:
     from dynatree.observe import Observer
@@ -39,19 +39,9 @@ class Drafter:
         self.forwards = 0
         self.observer: Observer | None = None
         self._trim = not runtime.static
+        self._visible = runtime.visible
         self._varies = strategy.varies
-        # Widths and limits are worked out once. The threshold is a tensor: a comparison with a
-        # number makes one each time.
-        self._rules = [
-            (
-                rule,
-                rule.widths,
-                [rule.max_expanded(depth + 1) for depth in range(rule.max_depth)],
-                torch.arange(min(rule.max_children, runner.vocab_size), device=runner.device),
-                torch.tensor(rule.min_log_prob, device=runner.device),
-            )
-            for rule in strategy.rules
-        ]
+        self._rules = [_Rule(rule, runner) for rule in strategy.rules]
         self.follow(0)
         self._initial = torch.tensor(strategy.initial_state, device=runner.device)
         self._state = self._initial.clone()
@@ -61,6 +51,8 @@ class Drafter:
         self._selects = grown > kept or (runtime.static and strategy.varies)
         self._kept = DraftTree(min(grown, kept), runner.device)
         self._origins = torch.full_like(self._kept.tokens, self._grown.capacity)
+        # Whether the tree to verify is the one that was grown, with no selection made.
+        self._whole = not self._selects
         # Committed tokens that the draft may not have read: the root, before it an accepted leaf,
         # and before that what an n-gram gave. The offsets of their slots from the root's.
         unread = max(2, 1 + strategy.ngram_tokens)
@@ -69,10 +61,6 @@ class Drafter:
         self._missed = torch.arange(1 - unread - MAX_PAUSE, 1, device=runner.device)
         self._slots = torch.arange(runner.cache.capacity, device=runner.device)
         self._counted = self._slots + 1
-        # Where tokens are gathered. Forwards are compiled for tokens in tensors made outside of
-        # inference mode, and would be compiled once more for others.
-        most = max(grown, len(self._missed))
-        self._tokens = torch.zeros(most, dtype=torch.long, device=runner.device)
         self._grafts = strategy.ngram_tokens > 0
         self._first_grafted = torch.full((), grown, device=runner.device)
         self._ngram_accepted = torch.zeros((), dtype=torch.long, device=runner.device)
@@ -90,7 +78,7 @@ class Drafter:
     @property
     def origins(self) -> Tensor:
         """int64, the index that each row of the tree to verify had in the tree that was grown."""
-        return self._origins
+        return self._grown.indices if self._whole else self._origins
 
     def prefill(self, prompt: Tensor) -> None:
         """Reads `prompt` [n]; what was learnt of another sequence is forgotten."""
@@ -100,7 +88,8 @@ class Drafter:
 
     def follow(self, rule: int) -> None:
         """The next trees grow by the rule of this index among those of the strategy."""
-        self.strategy, self._widths, self._limits, self._ranks, self._least = self._rules[rule]
+        self._rule = self._rules[rule]
+        self.strategy = self._rule.strategy
 
     def catch_up(self, history: Tensor, position: Tensor, visible: int, rounds: int) -> None:
         """Reads what `rounds` rounds without a draft step, `MAX_PAUSE` at most, left unread."""
@@ -130,42 +119,50 @@ class Drafter:
                 self._sampler.plant(position)
             return self._kept
         columns = tree.columns(self._counted[:visible], position)
+        # A captured phase leaves nothing for another to find but in the tensors that were there.
+        tree.shown = columns if self._trim else None
         slots = tree.indices + position
+        positions = (self._rule.depths + position).unbind()
         recent = self._recent
         if self._trim and len(recent) > 2:
             recent = recent[-2 - int(self._ngram_accepted) :]
-        logits = self._read(history, position, visible, recent)
+        # What the forwards may see: with exact shapes, no more than the slots that are in use.
+        first = int(position) if self._trim else 0
+        logits = self._read(history, position, self._seen(first + 1, visible), recent)
         self.forwards = 1
         tree.plant(history.index_select(0, position))
         if self._sampler is not None:
             self._sampler.plant(position)
-        level, chosen, log_probs = slice(0, 1), None, tree.log_probs[:1]
-        for depth, width in enumerate(self._widths[:max_depth], start=1):
-            start = tree.size
-            tokens, log_probs = self._extend(level, chosen, log_probs, logits, width, depth)
-            level = slice(start, tree.size)
-            if start == tree.size or depth == max_depth:
+        chosen, log_probs = None, tree.first(1).log_probs
+        for depth, width in enumerate(self._rule.widths[:max_depth], start=1):
+            level = self._extend(chosen, log_probs, logits, width, depth)
+            if level is None or depth == max_depth:
                 break
-            chosen, log_probs = self._expanded(log_probs, depth)
-            if len(log_probs) == 0:
+            chosen, log_probs = self._expanded(level.log_probs, depth)
+            count = len(log_probs)
+            if count == 0:
                 break
-            depths, places = tree.depths[level], slots[level]
-            mask = tree.attention_mask(level.start, level.stop, columns)
+            tokens = level.tokens
+            places = slots[level.start : level.start + len(tokens)]
             if chosen is not None:
-                tokens = self._gathered(tokens, chosen)
-                depths, places, mask = (
-                    values.index_select(0, chosen) for values in (depths, places, mask)
-                )
-            logits = runner.forward(tokens, depths + position, places, mask)
+                tokens, places = tokens.index_select(0, chosen), places.index_select(0, chosen)
+            seen = columns[: self._seen(first + tree.size, visible)]
+            mask = level.attention_mask(seen, chosen)
+            logits = runner.forward(tokens, positions[depth][:count], places, mask)
             self.forwards += 1
+        tree.join()
         if self._grafts:
             self._first_grafted.fill_(tree.size)
         if self.strategy.ngram_tokens > 0:
             self._graft(history[:visible], position, min(self.strategy.ngram_tokens, max_depth))
         selected = self._select()
         if self.observer is not None:
-            self.observer.grown(self.strategy, tree, self._origins[: selected.size])
+            self.observer.grown(self.strategy, tree, self.origins[: selected.size])
         return selected
+
+    def _seen(self, used: int, most: int) -> int:
+        """KV slots to show a forward where `used` are in use, of `most` that there may be."""
+        return self._visible(used) if self._trim else most
 
     def _read(self, history: Tensor, position: Tensor, visible: int, recent: Tensor) -> Tensor:
         """Reads the committed tokens that the draft has not read.
@@ -182,26 +179,22 @@ class Drafter:
         if len(recent) > 2:
             # Of a short text what follows is read instead, which no committed token attends to.
             slots = slots - slots[:1].clamp(max=0)
-        tokens = self._gathered(history, slots)
+        tokens = history.index_select(0, slots)
         mask = self._slots[:visible] <= slots[:, None]
         logits = self.runner.forward(tokens, slots, slots, mask)
         if len(recent) > 2:
             return logits.index_select(0, position - slots[:1])
         return logits[-1:]
 
-    def _gathered(self, tokens: Tensor, indices: Tensor) -> Tensor:
-        return torch.index_select(tokens, 0, indices, out=self._tokens[: len(indices)])
-
     def _extend(
         self,
-        level: slice,
         chosen: Tensor | None,
         parent_log_probs: Tensor,
         logits: Tensor,
         width: int,
         depth: int,
-    ) -> tuple[Tensor, Tensor]:
-        """Adds level `depth`: children of the `chosen` [w] nodes of `level`, or of all of them.
+    ) -> Level | None:
+        """Adds level `depth`: children of the `chosen` [w] nodes of the last level, or of all.
 
         A NaN is neither below a threshold nor dead: it stays in the tree, and is found there.
 
@@ -210,32 +203,29 @@ class Drafter:
             logits: [w, vocabulary].
 
         Returns:
-            The level's tokens and cumulative log-probabilities.
+            The level; None if no node stays.
         """
-        tree, strategy = self._grown, self.strategy
-        children = len(self._ranks)
-        log_probs = torch.log_softmax(logits.float(), dim=-1)
+        tree, rule, strategy = self._grown, self._rule, self.strategy
+        children = rule.children
+        log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
         if self._sampler is None:
             log_probs, tokens = log_probs.topk(children, dim=-1)
         else:
-            nodes = tree.indices[level]
-            nodes = nodes if chosen is None else nodes.index_select(0, chosen)
-            tokens = self._sampler.draw(logits, children, nodes, depth)
+            tokens = self._sampler.draw(logits, children, self._expanding(chosen), depth)
             log_probs = log_probs.gather(-1, tokens)
-        kept = strategy.keeps(log_probs, self._ranks, self._state)
+        kept = strategy.keeps(log_probs, rule.ranks, self._state)
         log_probs = offered = log_probs + parent_log_probs[:, None]
         if kept is not None:
             log_probs = log_probs.masked_fill(~kept, -math.inf)
         log_probs, tokens = log_probs.view(-1), tokens.view(-1)
         dead: Tensor | None = None
-        if strategy.min_log_prob > -math.inf:
-            dead = log_probs < self._least
+        if rule.least is not None:
+            dead = log_probs < rule.least
         elif kept is not None:
             dead = log_probs == -math.inf
-        if tree.size + len(log_probs) > 1 + strategy.max_nodes:
+        if tree.size + len(log_probs) > rule.most:
             # What a final selection would drop is not grown any further.
-            known = torch.cat((tree.log_probs[: tree.size], log_probs))
-            over = log_probs < known.topk(1 + strategy.max_nodes).values[-1]
+            over = log_probs < tree.known(log_probs).topk(rule.most).values[-1]
             dead = over if dead is None else dead | over
         if dead is None:
             nodes = tree.indices[: len(log_probs)]
@@ -248,14 +238,21 @@ class Drafter:
             log_probs = log_probs.masked_fill(dead, -math.inf)
             nodes = log_probs.topk(min(width, len(log_probs))).indices.sort().values
         if self.observer is not None:
-            read = tree.indices[level] if chosen is None else chosen + level.start
+            read = self._expanding(chosen)
             self.observer.offered(strategy, read, tokens, offered, kept, nodes)
-        parents = nodes if children == 1 else nodes.div(children, rounding_mode="floor")
+        if len(nodes) == 0:
+            return None
+        if dead is not None:
+            tokens, log_probs = tokens.index_select(0, nodes), log_probs.index_select(0, nodes)
+        parents = nodes if children == 1 else rule.parents.index_select(0, nodes)
         if chosen is not None:
             parents = chosen.index_select(0, parents)
-        return tree.extend(
-            parents + level.start, tokens, log_probs, depth, None if dead is None else nodes
-        )
+        return tree.extend(parents, tokens, log_probs)
+
+    def _expanding(self, chosen: Tensor | None) -> Tensor:
+        """The `chosen` nodes of the last level, or all of it, as indices in the tree."""
+        nodes = self._grown.last
+        return nodes if chosen is None else nodes.index_select(0, chosen)
 
     def _expanded(self, log_probs: Tensor, depth: int) -> tuple[Tensor | None, Tensor]:
         """Which nodes of level `depth` the draft reads; `log_probs` [n] are theirs, cumulative.
@@ -264,7 +261,7 @@ class Drafter:
             [w] indices into the level, None for all of it, and their log-probabilities [w]: minus
             infinity where a node is read only to fill a static shape.
         """
-        limit = self._limits[depth - 1]
+        limit = self._rule.limits[depth - 1]
         rule = self.strategy.expands(log_probs, depth, self._state)
         if rule is not None and self._trim:
             chosen = rule.nonzero().view(-1)
@@ -292,32 +289,65 @@ class Drafter:
 
     def _select(self) -> DraftTree:
         grown = self._grown
-        if not self._selects or (self._trim and grown.size <= 1 + self.strategy.max_nodes):
-            self._origins[: grown.size] = grown.indices[: grown.size]
+        self._whole = not self._selects or (self._trim and grown.size <= self._rule.most)
+        if self._whole:
             return grown
-        nodes = self._kept.take(grown, 1 + self.strategy.max_nodes)
+        nodes = self._kept.take(grown, self._rule.most)
         self._origins[: len(nodes)] = nodes
         return self._kept
 
     def grafted(self, path: Tensor, count: Tensor, rows: int) -> tuple[Tensor, Tensor]:
         """How many of the first `rows` nodes of the verified tree were grafted, and how many of
         those are among the first `count` [1] of `path` [m]; remembers that they were not read."""
-        origins = self._origins[:rows]
+        origins = self.origins[:rows]
         grafted = (origins >= self._first_grafted) & (origins < self._grown.capacity)
         walked = grafted.index_select(0, path) & (self._grown.indices[: len(path)] < count)
         self._ngram_accepted.copy_(walked.sum())
         return grafted.sum(), self._ngram_accepted
 
-    def learn(self, accepted: Tensor, tree: DraftTree) -> None:
-        """Tells the strategy that `accepted` [1] nodes of the verified `tree` were accepted."""
+    def learn(self, count: Tensor, tree: DraftTree) -> None:
+        """Tells the strategy that a round with the verified `tree` committed `count` [1] tokens."""
         if len(self._state) > 0:
-            offered = tree.depths[: tree.size].max(dim=0, keepdim=True).values
-            self._state.copy_(self.strategy.adapted(self._state, accepted, offered))
+            offered = tree.first(tree.size).depths.max(dim=0, keepdim=True).values
+            self._state.copy_(self.strategy.adapted(self._state, count - 1, offered))
 
     def is_chain(self, path: Tensor) -> bool:
         """Whether the nodes `path` [m] of the verified tree, and the grown one, are the first m."""
-        return int(path[-1]) == int(self._origins[path[-1]]) == len(path) - 1
+        last = len(path) - 1
+        return int(path[-1]) == last and (self._whole or int(self._origins[last]) == last)
 
     def keep(self, path: Tensor, position: Tensor, destinations: Tensor) -> None:
         """Moves the KV entries of the nodes `path` [m] of the verified tree to `destinations`."""
-        self.runner.cache.gather(position + self._origins[path], destinations)
+        nodes = path if self._whole else self._origins.index_select(0, path)
+        self.runner.cache.gather(nodes + position, destinations)
+
+
+class _Rule:
+    """What a strategy says of every tree, worked out once.
+
+    Attributes:
+        widths: most nodes that each level can hold.
+        limits: most nodes of each level that are expanded.
+        children: of a node, before pruning.
+        ranks: int64 [children].
+        parents: int64, which of a level's expanded nodes each candidate is a child of.
+        depths: int64 [max_depth + 1, n], a row for each depth, as long as one can be expanded.
+        least: [] float32, the lowest log-probability; None where there is no threshold.
+        most: nodes that one verification may hold, the root included.
+    """
+
+    def __init__(self, strategy: StrategyBase, runner: ModelRunner) -> None:
+        self.strategy = strategy
+        self.widths = strategy.widths
+        self.limits = [strategy.max_expanded(depth + 1) for depth in range(strategy.max_depth)]
+        self.children = min(strategy.max_children, runner.vocab_size)
+        self.ranks = torch.arange(self.children, device=runner.device)
+        expanded = max([1, *map(min, self.widths, self.limits)])
+        self.parents = torch.arange(expanded, device=runner.device).repeat_interleave(self.children)
+        depths = torch.arange(strategy.max_depth + 1, device=runner.device)
+        self.depths = depths[:, None].repeat(1, expanded)
+        # A tensor: a comparison with a number makes one each time.
+        self.least: Tensor | None = None
+        if strategy.min_log_prob > -math.inf:
+            self.least = torch.tensor(strategy.min_log_prob, device=runner.device)
+        self.most = 1 + strategy.max_nodes

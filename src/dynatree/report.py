@@ -1,7 +1,9 @@
 """What the host learns of a round: one small tensor, read once."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,13 +32,14 @@ class Round:
 
     def cut(self, tokens: int) -> "Round":
         """The round if no more than `tokens` of its tokens are wanted."""
-        accepted = min(self.accepted, tokens)
-        ngram = max(0, self.ngram_accepted - (self.accepted - accepted))
-        return replace(self, accepted=accepted, ngram_accepted=ngram)
+        surplus = self.accepted - tokens
+        if surplus <= 0:
+            return self
+        ngram = max(0, self.ngram_accepted - surplus)
+        return replace(self, accepted=tokens, ngram_accepted=ngram)
 
 
-@dataclass(frozen=True)
-class Reading:
+class Reading(NamedTuple):
     """A report as read by the host.
 
     Attributes:
@@ -59,65 +62,105 @@ class Reading:
 
 
 class Report:
-    """A tensor on the device that the phases of a round write their outcome to.
+    """What the phases of a round tell the host, which reads it once per round.
 
-    Layout: tokens [longest], their count, NaN in the target's logits, NaN in the draft's, nodes
-    and depth of the tree to verify next, grafted nodes and how many of them were accepted, ranks
-    [longest] and numbers of children [longest] along the path.
+    Where a read waits for all work in flight, everything is written to one tensor on the device
+    whose shape never changes, and is read in one piece. Where reads are free, nothing is copied:
+    tensors are kept as they come, and read one by one.
     """
 
-    def __init__(self, longest: int, device: torch.device) -> None:
-        self._longest = longest
-        self._values = torch.zeros(3 * longest + 7, dtype=torch.long, device=device)
+    def __init__(self, longest: int, device: torch.device, gathered: bool) -> None:
+        """For paths of up to `longest` nodes; `gathered` says that there is to be one tensor."""
+        self._gathered = gathered
+        # What is gathered of numbers is whether one is a NaN.
+        self._is_nan: Callable[[Any], bool] = bool if gathered else math.isnan
+        self._noted: dict[str, Tensor | int] = {}
+        lengths = {
+            "tokens": longest,
+            "count": 1,
+            "target": 1,
+            "draft": 1,
+            "nodes": 1,
+            "depth": 1,
+            "ngram_nodes": 1,
+            "ngram_accepted": 1,
+            "ranks": longest,
+            "children": longest,
+        }
+        self._spans: dict[str, slice] = {}
+        size = 0
+        for name, length in lengths.items():
+            self._spans[name] = slice(size, size + length)
+            size += length
+        self._values = torch.zeros(size, dtype=torch.long, device=device)
         # Where a copy from a CUDA device lands without a detour.
         self._host = torch.zeros_like(self._values, device="cpu", pin_memory=device.type == "cuda")
 
-    def committed(self, tokens: Tensor, count: Tensor) -> None:
-        """Notes that the first `count` [1] of `tokens` [m] were committed."""
-        self._values[: len(tokens)] = tokens
-        self._values[self._longest : self._longest + 1] = count
+    def _note(self, name: str, values: Tensor | int) -> None:
+        """Notes `values` [] or [m], m at most what there is room for."""
+        if not self._gathered:
+            self._noted[name] = values
+        elif isinstance(values, int):
+            self._values[self._spans[name]].fill_(values)
+        else:
+            self._values[self._spans[name]][: values.numel()] = values
+
+    def committed(self, tokens: Tensor, count: Tensor | int) -> None:
+        """Notes that the first `count` (as [1], or a number) of `tokens` [m] were committed."""
+        self._note("tokens", tokens)
+        self._note("count", count)
 
     def grafted(self, nodes: Tensor, accepted: Tensor) -> None:
         """Notes that the verified tree had `nodes` [] grafted ones, `accepted` [] of them good."""
-        self._values[self._longest + 5] = nodes
-        self._values[self._longest + 6] = accepted
+        self._note("ngram_nodes", nodes)
+        self._note("ngram_accepted", accepted)
 
     def ranked(self, ranks: Tensor, children: Tensor) -> None:
         """Notes ranks [m] and children [m] of the path: the root, accepted nodes, padding."""
-        start = self._longest + 7
-        self._values[start : start + len(ranks)] = ranks
-        start += self._longest
-        self._values[start : start + len(children)] = children
+        self._note("ranks", ranks)
+        self._note("children", children)
 
     def chosen(self, best: Tensor) -> None:
         """Notes whether the target's largest logits `best` [n] hold a NaN."""
-        self._values[self._longest + 1] = best.isnan().any()
+        self._note("target", best.isnan().any() if self._gathered else best)
 
-    def grown(self, tree: DraftTree, trimmed: bool) -> None:
-        """Notes the shape of the tree to verify, and whether the draft gave it a NaN.
-
-        `trimmed` says that all nodes live, so that they need not be counted.
-        """
-        log_probs, at = tree.log_probs[: tree.size], self._longest + 2
-        self._values[at] = log_probs.isnan().any()
-        self._values[at + 1] = tree.size - 1 if trimmed else (log_probs != -math.inf).sum() - 1
-        self._values[at + 2] = tree.depths[: tree.size].max()
+    def grown(self, tree: DraftTree) -> None:
+        """Notes the shape of the tree to verify, and whether the draft gave it a NaN."""
+        rows = tree.first(tree.size)
+        log_probs = rows.log_probs
+        self._note("draft", log_probs.isnan().any() if self._gathered else log_probs)
+        living = (rows.drafted_log_probs != -math.inf).sum() if self._gathered else tree.size - 1
+        self._note("nodes", living)
+        self._note("depth", rows.depths.max() if tree.deepest is None else tree.deepest)
 
     def read(self) -> Reading:
-        """Waits for the device and reads the report.
+        """Waits for the device and reads what was noted; what never was is 0.
 
         Raises:
             DecodeError: the logits of a model hold a NaN.
         """
-        values = self._host.copy_(self._values).tolist()
-        path = self._longest + 7
-        count, *unsound, nodes, depth, ngram_nodes, ngram_accepted = values[self._longest : path]
-        for role, found in zip(("target", "draft"), unsound, strict=True):
-            if found:
+        if self._gathered:
+            values = self._host.copy_(self._values).tolist()
+            found = {name: values[span] for name, span in self._spans.items()}
+        else:
+            found = {
+                name: [noted] if isinstance(noted, int) else noted.view(-1).tolist()
+                for name, noted in self._noted.items()
+            }
+            self._noted.clear()
+        for role in ("target", "draft"):
+            if any(map(self._is_nan, found.get(role, ()))):
                 raise DecodeError(
                     f"the {role} model's logits hold a NaN; check its weights and dtype"
                 )
-        ranks, children = values[path : path + count], values[path + self._longest :]
+        (count,) = found.get("count", (0,))
+        ranks, children = found.get("ranks", []), found.get("children", [])
         return Reading(
-            values[:count], nodes, depth, ngram_nodes, ngram_accepted, ranks[1:], children[:count]
+            tokens=found.get("tokens", [])[:count],
+            ranks=ranks[1:count],
+            children=children[:count],
+            **{
+                name: found.get(name, (0,))[0]
+                for name in ("nodes", "depth", "ngram_nodes", "ngram_accepted")
+            },
         )

@@ -1,9 +1,33 @@
 """A draft tree as flat tensors. It knows tokens and paths, and nothing of models or caches."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Level(NamedTuple):
+    """Nodes of one depth, while a tree grows.
+
+    Attributes:
+        start: index of the first of them.
+        tokens: [m] int64.
+        log_probs: [m] float32, cumulative.
+        parents: [m] int64, indices in the level above.
+        attends: [m, capacity + 2] bool, who the nodes may attend to; see `DraftTree.columns`.
+    """
+
+    start: int
+    tokens: Tensor
+    log_probs: Tensor
+    parents: Tensor
+    attends: Tensor
+
+    def attention_mask(self, columns: Tensor, chosen: Tensor | None) -> Tensor:
+        """As `DraftTree.attention_mask`, for the `chosen` [n] nodes of the level, or all of it."""
+        attends = self.attends if chosen is None else self.attends.index_select(0, chosen)
+        return attends.index_select(1, columns)
 
 
 class DraftTree:
@@ -19,6 +43,8 @@ class DraftTree:
     Attributes:
         capacity: most nodes that the tree holds, the root included.
         size: rows in use.
+        shown: what `columns` returned for the tree that is held, where it can be used again.
+        deepest: largest depth, as far as the host knows it; None after a graft or a selection.
         tokens: int64, the token of each node.
         parents: int64, the index of each node's parent; the root is its own parent.
         depths: int64, edges from the root; position of a node = root position + depth.
@@ -32,6 +58,8 @@ class DraftTree:
         rows = capacity + 1
         self.capacity = capacity
         self.size = 1
+        self.deepest: int | None = 0
+        self.shown: Tensor | None = None
         self.tokens = torch.zeros(rows, dtype=torch.long, device=device)
         self.parents = torch.zeros(rows, dtype=torch.long, device=device)
         self.depths = torch.zeros(rows, dtype=torch.long, device=device)
@@ -44,46 +72,70 @@ class DraftTree:
         self._attends[:, 0] = True
         self.ancestors = self._attends[:, 1:]
         # A living node is its own ancestor.
-        self._own = self.ancestors.diagonal()
-        self._own[0] = True
+        self.ancestors[0, 0] = True
+        self._rows: dict[int, Rows] = {}
+        self._numbers = self.indices.unbind()
+        root = self.first(1)
+        self._root = Level(0, root.tokens, root.log_probs, root.parents, root.attends)
+        self._levels: list[Level] = []
+
+    def first(self, count: int) -> "Rows":
+        """The first `count` rows."""
+        # Of a few hundred small operations per round, every third would be a slice.
+        rows = self._rows.get(count)
+        if rows is None:
+            rows = self._rows[count] = Rows(self, count)
+        return rows
 
     def plant(self, token: Tensor) -> None:
         """Empties the tree and makes `token` [1] its root."""
-        self.tokens[:1] = token
-        self.size = 1
+        self._root.tokens.copy_(token)
+        self.size, self.deepest = 1, 0
+        self._levels.clear()
 
-    def extend(
-        self,
-        parents: Tensor,
-        tokens: Tensor,
-        log_probs: Tensor,
-        depth: int,
-        chosen: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Appends the level `depth`.
+    def extend(self, parents: Tensor, tokens: Tensor, log_probs: Tensor) -> Level:
+        """Appends a level; the tree's own tensors have it once all levels are `joined`.
 
         Args:
-            parents: [m] int64.
+            parents: [m] int64, indices in the level above, which for the first is the root alone.
             tokens, log_probs: int64 and float32 [m], the latter cumulative.
-            chosen: [m] int64, which of the then more `tokens` and `log_probs` to take.
-
-        Returns:
-            The level's rows of `tokens` and `log_probs` of the tree.
         """
-        level = slice(self.size, self.size + len(parents))
-        own_tokens, own_log_probs = self.tokens[level], self.log_probs[level]
-        if chosen is None:
-            own_tokens.copy_(tokens)
-            own_log_probs.copy_(log_probs)
-        else:
-            torch.index_select(tokens, 0, chosen, out=own_tokens)
-            torch.index_select(log_probs, 0, chosen, out=own_log_probs)
-        self.parents[level] = parents
-        self.depths[level].fill_(depth)
-        self._attends[level] = self._attends.index_select(0, parents)
-        self._own[level].fill_(True)
-        self.size = level.stop
-        return own_tokens, own_log_probs
+        above = self._levels[-1] if self._levels else self._root
+        attends = above.attends.index_select(0, parents)
+        attends.diagonal(1 + self.size).fill_(True)
+        level = Level(self.size, tokens, log_probs, parents, attends)
+        self._levels.append(level)
+        self.size += len(parents)
+        return level
+
+    @property
+    def last(self) -> Tensor:
+        """[m] int64, the nodes of the last level."""
+        return self.indices[(self._levels[-1] if self._levels else self._root).start : self.size]
+
+    def known(self, log_probs: Tensor) -> Tensor:
+        """Log-probabilities of all nodes so far, and after them `log_probs` [m]."""
+        levels = (level.log_probs for level in self._levels)
+        return torch.cat((self._root.log_probs, *levels, log_probs))
+
+    def join(self) -> None:
+        """Writes all levels since `plant` to the tensors."""
+        levels = self._levels
+        self.deepest = len(levels)
+        if levels:
+            rows, numbers = self.first(self.size), self._numbers
+            sizes = [len(level.tokens) for level in levels]
+            torch.cat([level.tokens for level in levels], out=rows.drafted_tokens)
+            torch.cat([level.log_probs for level in levels], out=rows.drafted_log_probs)
+            torch.cat([level.attends for level in levels], out=rows.drafted_attends)
+            above = [0, *(level.start for level in levels)]
+            starts = [
+                numbers[start].expand(size) for start, size in zip(above, sizes, strict=False)
+            ]
+            depths = [numbers[depth].expand(size) for depth, size in enumerate(sizes, start=1)]
+            torch.cat(depths, out=rows.drafted_depths)
+            torch.cat(starts, out=rows.drafted_parents)
+            rows.drafted_parents.add_(torch.cat([level.parents for level in levels]))
 
     def along(self, tokens: Tensor) -> Tensor:
         """Which nodes lie on the path that spells `tokens` [m]; no node is deeper than m.
@@ -126,7 +178,7 @@ class DraftTree:
         self.log_probs[level] = log_probs[first - 1 :].masked_fill(steps < held, -math.inf)
         self.ancestors[level] = self.ancestors.index_select(0, deepest)
         self.ancestors[level, level] = (steps[:, None] >= steps) & (steps >= held)
-        self.size = level.stop
+        self.size, self.deepest = level.stop, None
 
     def take(self, grown: "DraftTree", count: int) -> Tensor:
         """Becomes the `count` most probable living nodes of `grown`, in their order.
@@ -153,7 +205,7 @@ class DraftTree:
         # All rows: the last selection may have been larger, and its rows would pad this one.
         self.ancestors[:] = False
         self.ancestors[:size, :size] = grown.ancestors[nodes][:, nodes]
-        self.size = size
+        self.size, self.deepest = size, None
         return nodes
 
     def columns(self, counted: Tensor, position: Tensor) -> Tensor:
@@ -168,10 +220,33 @@ class DraftTree:
         """
         return (counted - position).clamp_(0, self.capacity + 1)
 
-    def attention_mask(self, start: int, stop: int, columns: Tensor) -> Tensor:
-        """Who the nodes `start .. stop - 1` may attend to.
+    def attention_mask(self, count: int, columns: Tensor) -> Tensor:
+        """Who the first `count` nodes may attend to.
 
         Returns:
-            [stop - start, visible] bool: committed tokens and ancestors (the node itself too).
+            [count, visible] bool: committed tokens and ancestors (the node itself too).
         """
-        return self._attends[start:stop].index_select(1, columns)
+        return self.first(count).attends.index_select(1, columns)
+
+
+class Rows:
+    """The first rows of a tree's tensors, as views that are made once.
+
+    Attributes:
+        tokens, parents, depths, log_probs, indices: [count] of the tree's.
+        attends: [count, capacity + 2] bool, who each node may attend to; see `DraftTree.columns`.
+        living: [count] bool.
+        drafted_tokens, drafted_parents, drafted_depths, drafted_log_probs, drafted_attends: of
+            those the rows but the root's, [count - 1].
+        drafted_ancestors: [count, count - 1] bool, which nodes but the root are on each path.
+    """
+
+    def __init__(self, tree: DraftTree, count: int) -> None:
+        self.tokens, self.parents = tree.tokens[:count], tree.parents[:count]
+        self.depths, self.log_probs = tree.depths[:count], tree.log_probs[:count]
+        self.indices, self.attends = tree.indices[:count], tree._attends[:count]
+        self.living = tree.ancestors[:count, :count].diagonal()
+        self.drafted_tokens, self.drafted_parents = self.tokens[1:], self.parents[1:]
+        self.drafted_depths, self.drafted_log_probs = self.depths[1:], self.log_probs[1:]
+        self.drafted_attends = self.attends[1:]
+        self.drafted_ancestors = tree.ancestors[:count, 1:count]
