@@ -3,9 +3,10 @@
 One process decodes one random case after another: a strategy, a prompt, a length and the tokens
 that end it, all drawn from one seed, each with a decoder of its own. Every output is compared with
 the oracle, plain `model.generate`. Every few cases a probe, which is always the same generation, is
-timed, and the memory of the process is read.
+timed, and the memory of the process is read, less what its allocator holds back for later.
 """
 
+import ctypes
 import gc
 import random
 import time
@@ -175,10 +176,23 @@ def probe(setting: Setting) -> Callable[[float], Sample]:
 
     def sample(now: float) -> Sample:
         generation, seconds = timed(partial(decoder.decode, prompt, length), setting.device)
-        gc.collect()
+        give_back()
         return Sample(now, process.memory_info().rss, len(generation.tokens) / seconds)
 
     return sample
+
+
+def give_back() -> None:
+    """Returns memory that nobody holds to the system, so that what stays resident is in use.
+
+    Otherwise the allocator keeps what it got for the largest case so far, and each that is a
+    little larger looks like a leak.
+    """
+    gc.collect()
+    # Of glibc; elsewhere memory is read as it is.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def measure(

@@ -1,42 +1,32 @@
 """Measures one configuration and writes its result; a front end to `dynatree.measure`."""
 
-import argparse
-from pathlib import Path
-from typing import get_args
-
-from dynatree.devices import Busy, cores, flagged, taken
+from dynatree.devices import flagged
 from dynatree.errors import reporting
 from dynatree.failures import recording
 from dynatree.files import require_writable
-from dynatree.progress import Progress, measuring, without_bars
+from dynatree.jobs import job_parser, running
+from dynatree.progress import Progress, measuring
 from dynatree.results import write_result
 from dynatree.specs import parse_spec
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = job_parser(__doc__)
     parser.add_argument("--spec", required=True, help="the run specification as JSON")
-    parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument("--threads", type=int, default=len(cores()))
-    parser.add_argument("--busy", choices=get_args(Busy), default="wait")
     arguments = parser.parse_args()
     spec = parse_spec(arguments.spec)
     require_writable(arguments.out)
     what = f"measure {spec.name}"
     with (
         recording(arguments.out, spec.digest),
-        taken(spec.models.device, arguments.threads, what, arguments.busy) as lease,
+        running(arguments, spec.models.device, what) as lease,
     ):
         # Only now: what loads models also looks for GPUs.
-        import torch
-
         from dynatree.measure import measure
         from dynatree.memory import fitting
         from dynatree.pairs import load_models
         from dynatree.strategies import Autoregressive
 
-        torch.set_num_threads(arguments.threads)
-        without_bars()
         decoders = (Autoregressive(), spec.strategy)
         with (
             fitting(what, spec.pair, spec.models, decoders, spec.measure.max_new_tokens),

@@ -10,7 +10,8 @@ from test_gpu import Replayed
 
 import dynatree
 from dynatree.accept import ranks_and_children
-from dynatree.controller import MAX_PAUSE, Controller, CostModel, measured_once, median_seconds
+from dynatree.clock import median_seconds
+from dynatree.controller import MAX_PAUSE, Controller, CostModel, measured_once
 from dynatree.drafting import Drafter
 from dynatree.specs import parse_spec
 from dynatree.tree import DraftTree

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import yaml
 from micro_pair import micro, study  # noqa: F401 - a fixture
@@ -132,6 +133,19 @@ def test_cases_follow_from_the_seed_and_fit_the_models():
     }  # fmt: skip
     assert {len(case.end_tokens) for case in drawn} == {1, 2}
     assert any(set(case.prompt) - {3, 4, 5} for case in drawn)
+
+
+def test_memory_that_nobody_holds_is_not_counted():
+    """The last of many pieces is held, so that the allocator's own threshold gives nothing back."""
+    process = psutil.Process()
+    soak.give_back()
+    before = process.memory_info().rss
+    pieces = [bytes(10_000) for _ in range(20_000)]
+    held = process.memory_info().rss - before
+    assert held > 150e6
+    del pieces[:-1]
+    soak.give_back()
+    assert process.memory_info().rss - before < 0.2 * held
 
 
 def test_slopes_are_per_hour_and_leave_out_the_warm_up():

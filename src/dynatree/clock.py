@@ -4,13 +4,17 @@ Durations are differences of the monotonic clock, which no correction of the tim
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
+from statistics import median
 from typing import Any
 
 import torch
 
 from dynatree.errors import ClockError
+
+REPETITIONS = 5
+"""Timed runs of a call whose median is its time."""
 
 
 def seconds_since(begin: float) -> float:
@@ -85,3 +89,30 @@ def _event() -> torch.cuda.Event:
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event
+
+
+def median_seconds(
+    calls: Sequence[Callable[[], object]],
+    reset: Callable[[], object],
+    wait: Callable[[], object],
+) -> list[float]:
+    """Median seconds of each call.
+
+    The calls take turns, so that what disturbs the machine for a while disturbs all of them.
+
+    Args:
+        reset: called before each call, untimed.
+        wait: returns when the device is idle.
+    """
+    seconds: list[list[float]] = [[] for _ in calls]
+    # The first pass warms up.
+    for repetition in range(REPETITIONS + 1):
+        for call, times in zip(calls, seconds, strict=True):
+            reset()
+            wait()
+            begin = time.perf_counter()
+            call()
+            wait()
+            if repetition > 0:
+                times.append(time.perf_counter() - begin)
+    return [median(times) for times in seconds]

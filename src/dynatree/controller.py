@@ -5,20 +5,15 @@ rounds that were decoded (`Controller`). All of it is host arithmetic on a few f
 host reads once per round anyway.
 """
 
-import time
 import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from statistics import median
 
 from transformers import PreTrainedModel
 
 from dynatree.strategies import StrategyBase
-
-REPETITIONS = 5
-"""Runs of each phase whose median is its time."""
 
 MEMORY = 64
 """Rounds after which an observed acceptance counts for 1/e: some 300 tokens of text."""
@@ -95,33 +90,6 @@ def measured_once(
     if key not in known:
         known[key] = measure()
     return known[key]
-
-
-def median_seconds(
-    calls: Sequence[Callable[[], object]],
-    reset: Callable[[], object],
-    wait: Callable[[], object],
-) -> list[float]:
-    """Median seconds of each call.
-
-    The calls take turns, so that what disturbs the machine for a while disturbs all of them.
-
-    Args:
-        reset: called before each call, untimed.
-        wait: returns when the device is idle.
-    """
-    seconds: list[list[float]] = [[] for _ in calls]
-    # The first pass warms up.
-    for repetition in range(REPETITIONS + 1):
-        for call, times in zip(calls, seconds, strict=True):
-            reset()
-            wait()
-            begin = time.perf_counter()
-            call()
-            wait()
-            if repetition > 0:
-                times.append(time.perf_counter() - begin)
-    return [median(times) for times in seconds]
 
 
 class Controller:

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dynatree.accept import accept_greedy, ranks_and_children
-from dynatree.clock import PhaseClock
-from dynatree.controller import Controller, CostModel, measured_once, median_seconds
+from dynatree.clock import PhaseClock, median_seconds
+from dynatree.controller import Controller, CostModel, measured_once
 from dynatree.drafting import Drafter
 from dynatree.errors import DecodeError
 from dynatree.report import Reading, Report, Round
@@ -298,6 +298,7 @@ class Decoder:
         this = self._streams
         if self._sampler is not None:
             self._sampler.begin(seed)
+        mode = torch.inference_mode()
         while True:
             if this != self._streams:
                 raise DecodeError(
@@ -305,18 +306,18 @@ class Decoder:
                     "finish a stream before the next, or make a second Decoder"
                 )
             # Entered per round, so that a consumer's own code runs in its own grad mode.
-            with torch.inference_mode():
+            with mode:
                 chunk = next(rounds, None)
             if chunk is None:
                 return
-            end = next((index for index, token in enumerate(chunk) if token in stop), None)
-            if end is not None:
-                chunk = chunk[: end + 1]
+            ends = not stop.isdisjoint(chunk)
+            if ends:
+                chunk = chunk[: 1 + next(i for i, token in enumerate(chunk) if token in stop)]
                 if stats.rounds:
                     stats.rounds[-1] = stats.rounds[-1].cut(len(chunk))
                 rounds.close()
             yield chunk
-            if end is not None:
+            if ends:
                 return
 
     def _check(self, input_ids: Tensor, max_new_tokens: int) -> Tensor:
@@ -369,7 +370,8 @@ class Decoder:
                     report = self._report.read()
                     clock.mark("draft")
                 nodes, depth = report.nodes, report.depth
-                before = remaining
+                # Of this round, also after the next one has begun.
+                verified = rule, steps, nodes, remaining
                 self._verify(nodes, bound)
                 stats.target_forwards += 1
                 clock.mark("verify")
@@ -384,7 +386,7 @@ class Decoder:
                     clock.mark("draft")
                 report = self._report.read()
                 if self._controller is not None:
-                    learn = partial(self._observe, rule, steps, nodes, before, report)
+                    learn = partial(self._observe, *verified, report)
                 tokens = report.tokens[:remaining]
                 bound += len(report.tokens)
                 remaining -= len(tokens)

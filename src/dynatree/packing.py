@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dynatree.controller import median_seconds
+from dynatree.clock import median_seconds
 
 MIN_WEIGHTS = 2**17 + 1
 """Smaller matrices stay as they are: there the call into oneDNN costs more than it saves."""
