@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from dynatree.aggregate import aggregate_experiment, experiment_csv
+from dynatree.aggregate_experiment import aggregate_experiment, experiment_csv
 from dynatree.config import parse_config
 from dynatree.errors import reporting
 from dynatree.experiments import write_experiment

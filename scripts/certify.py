@@ -15,7 +15,7 @@ def main() -> None:
     arguments = parser.parse_args()
     spec = parse_certificate_spec(unpack(arguments.spec))
     require_writable(arguments.out)
-    with running(arguments, spec.models.device, "certify"):
+    with running(spec.models.device, arguments.threads, "certify", arguments.busy):
         # Only now: what loads models also looks for GPUs.
         from dynatree.certify import certify
         from dynatree.memory import fitting

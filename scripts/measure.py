@@ -19,7 +19,7 @@ def main() -> None:
     what = f"measure {spec.name}"
     with (
         recording(arguments.out, spec.digest),
-        running(arguments, spec.models.device, what) as lease,
+        running(spec.models.device, arguments.threads, what, arguments.busy) as lease,
     ):
         # Only now: what loads models also looks for GPUs.
         from dynatree.measure import measure

@@ -15,7 +15,7 @@ def main() -> None:
     spec = parse_trees_spec(arguments.spec)
     require_writable(arguments.out)
     what = f"record the trees of {spec.name}"
-    with running(arguments, spec.models.device, what):
+    with running(spec.models.device, arguments.threads, what, arguments.busy):
         # Only now: what loads models also looks for GPUs.
         from dynatree.memory import fitting
         from dynatree.observe import record_trees

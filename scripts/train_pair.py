@@ -15,7 +15,7 @@ def main() -> None:
     recipe = parse_recipe(arguments.recipe)
     require_writable(arguments.out / "training.json")
     what = f"train {arguments.out.name}"
-    with running(arguments, arguments.device, what):
+    with running(arguments.device, arguments.threads, what, arguments.busy):
         # Only now: what loads models also looks for GPUs.
         from dynatree.embedded.train import train_pair
         from dynatree.pairs import resolve_device

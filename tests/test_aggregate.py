@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from dynatree.ablation import Ablation, MissingRow, read_ablation, write_ablation
-from dynatree.aggregate import POSITIONS, aggregate, aggregate_experiment, to_csv
+from dynatree.aggregate import aggregate, to_csv
+from dynatree.aggregate_experiment import aggregate_experiment
 from dynatree.certificate import write_certificate
 from dynatree.errors import LosslessError, ResultError
 from dynatree.failures import recording
 from dynatree.results import records_digest, totals
+from dynatree.run_facts import POSITIONS
 
 
 def facts(ablation, name):

@@ -10,7 +10,8 @@ import pytest
 import synthetic
 import yaml
 
-from dynatree.aggregate import aggregate, aggregate_experiment, experiment_csv
+from dynatree.aggregate import aggregate
+from dynatree.aggregate_experiment import aggregate_experiment, experiment_csv
 from dynatree.config import load_config, parse_config
 from dynatree.errors import ConfigError, ResultError
 from dynatree.experiments import Experiment, read_experiment, write_experiment

@@ -8,7 +8,9 @@ from rich.console import Console
 from rich.table import Table
 
 from dynatree.config import load_config, parse_config
+from dynatree.devices import flagged
 from dynatree.errors import reporting
+from dynatree.jobs import running
 from dynatree.progress import Progress, certifying, measuring
 from dynatree.specs import RunSpec
 
@@ -59,7 +61,10 @@ def generate(
     how = Sampling.checked(
         temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, mode=sampling
     )
-    _use_threads(threads)
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
     models = load_models(spec.pair, spec.models)
     ids = encode_prompts(spec, models)[0]
     length = len(ids) + tokens
@@ -100,15 +105,18 @@ def measure(
     spec = _spec(
         config, pair, name, depth, branch, threshold, budget, max_new_tokens=tokens, runs=runs
     )
-    from dynatree.measure import measure as measure_spec
-    from dynatree.pairs import load_models
-    from dynatree.results import write_result
-
-    _use_threads(threads)
     console = Console()
-    models = load_models(spec.pair, spec.models)
-    with Progress(name, "generations") as shown:
-        result = measure_spec(spec, models, measuring(shown, spec.measure))
+    with running(spec.models.device, threads, f"measure {name}") as lease:
+        # Only now: what loads models also looks for GPUs.
+        from dynatree.measure import measure as measure_spec
+        from dynatree.pairs import load_models
+        from dynatree.results import write_result
+
+        models = load_models(spec.pair, spec.models)
+        with Progress(name, "generations") as shown:
+            result = measure_spec(spec, models, measuring(shown, spec.measure))
+        facts = flagged(result.provenance, lease.shared_with())
+    result = result.model_copy(update={"provenance": facts})
     speeds = {
         method: sum(record.tokens for record in result.of(method))
         / sum(record.seconds for record in result.of(method))
@@ -149,14 +157,14 @@ def certify(
     study = parse_config(data, "command line")
     names = study.measured if configs is None else configs.split(",")
     spec = study.certificate_spec(names)
-    from dynatree.certificate import write_certificate
-    from dynatree.certify import certify as certify_spec
-    from dynatree.pairs import load_models
+    with running(spec.models.device, threads, "certify"):
+        from dynatree.certificate import write_certificate
+        from dynatree.certify import certify as certify_spec
+        from dynatree.pairs import load_models
 
-    _use_threads(threads)
-    models = load_models(spec.pair, spec.models)
-    with Progress("certificate", "configurations") as shown:
-        certificate = certify_spec(spec, models, certifying(shown, spec))
+        models = load_models(spec.pair, spec.models)
+        with Progress("certificate", "configurations") as shown:
+            certificate = certify_spec(spec, models, certifying(shown, spec))
     write_certificate(out, certificate)
     certificate.require()
     typer.echo(f"lossless; certificate written to {out}")
@@ -243,10 +251,3 @@ def _spec(
 
 def _given(values: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
-
-
-def _use_threads(threads: int | None) -> None:
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)

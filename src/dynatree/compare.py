@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from dynatree.ablation import Ablation, ConfigurationFacts, Estimate, Interval, read_ablation
-from dynatree.aggregate import throughputs
 from dynatree.differences import SHOWN, differences, shown
 from dynatree.errors import ResultError
 from dynatree.estimates import crossed_ratio
 from dynatree.results import RunResult, read_result
+from dynatree.run_facts import throughputs
 
 NAMES: Final = ("A", "B")
 

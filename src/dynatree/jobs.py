@@ -23,19 +23,19 @@ def job_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 @contextmanager
-def running(arguments: argparse.Namespace, device: str, what: str) -> Iterator[Lease]:
-    """Has the device to itself until the end of the block, with as many threads as were asked for.
+def running(device: str, threads: int | None, what: str, busy: Busy = "wait") -> Iterator[Lease]:
+    """Has the device to itself until the end of the block, with so many threads; None: all cores.
 
     Args:
-        arguments: what a `job_parser` parsed.
-        device, what: see `taken`.
+        device, what, busy: see `taken`.
 
     Raises:
         DeviceError: see `taken`.
     """
-    with taken(device, arguments.threads, what, arguments.busy) as lease:
+    with taken(device, threads or len(cores()), what, busy) as lease:
         import torch
 
-        torch.set_num_threads(arguments.threads)
+        if threads is not None:
+            torch.set_num_threads(threads)
         without_bars()
         yield lease

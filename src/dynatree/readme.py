@@ -11,8 +11,8 @@ REFERENCE = re.compile(
 )
 """What stands between these markers is made from the section of that name."""
 
-BENCHMARK = re.compile(r"(<!-- bench:(?P<name>[\w.-]+) -->\n).*?(<!-- bench:end -->)", re.DOTALL)
-"""What stands between these markers is the Markdown that a benchmark wrote under that name."""
+BENCHMARK = re.compile(r"(<!-- bench:(?P<name>[\w./-]+) -->\n).*?(<!-- bench:end -->)", re.DOTALL)
+"""What stands between these markers is the Markdown that a benchmark wrote under that path."""
 
 
 def with_reference(readme: str, folder: Path) -> str:

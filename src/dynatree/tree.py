@@ -94,7 +94,7 @@ class DraftTree:
         self._levels.clear()
 
     def extend(self, parents: Tensor, tokens: Tensor, log_probs: Tensor) -> Level:
-        """Appends a level; the tree's own tensors have it once all levels are `joined`.
+        """Appends a level; the tree's own tensors have it after `join`.
 
         Args:
             parents: [m] int64, indices in the level above, which for the first is the root alone.
