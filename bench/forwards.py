@@ -1,4 +1,4 @@
-"""What a target forward of n rows costs, by runtime, with plain and with packed linear layers.
+"""What a target forward of n rows costs, by runtime, and by how its linear layers are laid out.
 
 For CPUs: on CUDA nothing is packed, and `roofline.py` times the captured phases.
 """
@@ -6,6 +6,7 @@ For CPUs: on CUDA nothing is packed, and `roofline.py` times the captured phases
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -54,14 +55,22 @@ def forward_of(setting: Setting, mode: RuntimeMode) -> Callable[[int], None]:
     return forward
 
 
+def everywhere(layout: str | None, plain: object) -> list[str | None]:
+    """`layout` for each class of row counts."""
+    return [layout] * len(packing.ROWS)
+
+
 def measure(setting: Setting) -> dict[str, Any]:
     """Milliseconds per forward, by method and number of rows."""
     methods: dict[str, Callable[[int], None]] = {}
     for mode in MODES:
-        with replaced(packing, "MIN_WEIGHTS", 2**62):
-            methods[f"{mode}, plain"] = forward_of(setting, mode)
-        with replaced(packing, "_faster", lambda layers, plain: True):
-            methods[f"{mode}, packed"] = forward_of(setting, mode)
+        for layout in (None, *packing.LAYOUTS):
+            with (
+                replaced(packing, "_PACKED", WeakKeyDictionary()),
+                replaced(packing, "_fastest", partial(everywhere, layout)),
+            ):
+                methods[f"{mode}, {layout or 'plain'}"] = forward_of(setting, mode)
+        methods[f"{mode}, as chosen"] = forward_of(setting, mode)
     timings = interleaved(
         methods,
         ROWS,

@@ -1,7 +1,10 @@
 """Runtimes, their shapes, and packed linear layers."""
 
+import contextlib
 import copy
 import gc
+from functools import partial
+from itertools import cycle, islice
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from torch import nn
 
 import dynatree
 from dynatree.errors import DecodeError
-from dynatree.packing import PackedLinear, _faster, packed
+from dynatree.packing import LAYOUTS, MANY, ROWS, PackedLinear, _fastest, packed
 from dynatree.runner import ModelRunner
 from dynatree.runtime import Runtime
 
@@ -21,7 +24,9 @@ CPU = torch.device("cpu")
 def small_weights_too(monkeypatch):
     """Packs all layers, whether they gain or not."""
     monkeypatch.setattr("dynatree.packing.MIN_WEIGHTS", 1)
-    monkeypatch.setattr("dynatree.packing._faster", lambda layers, plain: True)
+    # In turn, so that every class of row counts has another.
+    layouts = list(islice(cycle(LAYOUTS), len(ROWS)))
+    monkeypatch.setattr("dynatree.packing._fastest", lambda plain: layouts)
 
 
 def test_auto_is_eager_on_a_cpu():
@@ -78,8 +83,8 @@ def test_compiled_on_a_cpu(small_weights_too):
         for length, new in ((17, 30), (5, 23)):
             assert decoder.decode(prompt(length), new).tokens == expected("gpt_neox", length, new)
         compiles.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    # Shapes are left open: one graph for one token and one for several, for each model.
-    assert compiles[-1] - compiles[0] <= 3
+    # Shapes are left open: a graph for each class of row counts, for each model.
+    assert compiles[-1] - compiles[0] <= 5
 
 
 @pytest.mark.compiler
@@ -157,45 +162,142 @@ def test_packed_weights_go_with_their_model(small_weights_too):
     assert len(_PACKED) == known - 1
 
 
-@pytest.mark.parametrize("gaining", [set(), {(32, 32)}, {(32, 64), (VOCAB, 32)}])
-def test_layers_are_packed_where_their_shape_gains(gaining, monkeypatch):
-    """A pass through packed layers takes half of a second, or two; one through plain ones, one."""
-    monkeypatch.setattr("dynatree.packing.MIN_WEIGHTS", 1)
+def without_time(monkeypatch, seconds):
+    """`seconds(shape, rows, layout)` instead of the time of a pass, None being the plain layout."""
     timed = []
 
-    def seconds(calls, reset, wait):
+    def median_seconds(calls, reset, wait):
+        usual, *others = calls
+        plain, states = usual.args
+        shape, rows = tuple(plain[0].weight.shape), states.shape[-2]
+        assert states.shape == (1, rows, shape[1])
+        assert {tuple(linear.weight.shape) for linear in plain} == {shape}
+        assert len(others) == len(LAYOUTS)
         for call in calls:
             call()
-        layers, plain = (call.args[0] for call in calls[:2])
-        shape = tuple(plain[0].weight.shape)
-        timed.append(shape)
-        assert {tuple(linear.weight.shape) for linear in plain} == {shape}
-        assert [type(layer) for layer in layers] == [PackedLinear] * len(plain)
-        assert [call.args[0] for call in calls[1::2]] == [plain, plain]
-        return [0.5 if shape in gaining else 2.0, 1.0] * 2
+            assert call.args[1] is states
+            assert len(call.args[0]) == len(plain)
+        timed.append((shape, rows))
+        return [seconds(shape, rows, layout) for layout in (None, *LAYOUTS)]
 
-    monkeypatch.setattr("dynatree.packing.median_seconds", seconds)
+    monkeypatch.setattr("dynatree.packing.median_seconds", median_seconds)
+    return timed
+
+
+@pytest.mark.parametrize("gaining", [set(), {(32, 32)}, {(32, 64), (VOCAB, 32)}])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layers_are_packed_where_their_shape_gains(gaining, layout, monkeypatch):
+    monkeypatch.setattr("dynatree.packing.MIN_WEIGHTS", 1)
+
+    def seconds(shape, rows, name):
+        return 0.5 if name == layout and shape in gaining else 1.0
+
+    timed = without_time(monkeypatch, seconds)
     model = build("llama", layers=2)
     twin = packed(model)
-    assert len(timed) == len(set(timed)) > 2
+    assert len(timed) == len(set(timed)) > 2 * len(ROWS)
     expected = [tuple(linear.weight.shape) in gaining for linear in linears(model, nn.Linear)]
     modules = [module for module in twin.modules() if type(module) in (nn.Linear, PackedLinear)]
     assert [type(module) is PackedLinear for module in modules] == expected
+    assert {module.layouts for module in linears(twin, PackedLinear)} <= {(layout,) * len(ROWS)}
     assert (twin is model) == (not gaining)
     assert packed(model) is twin
     assert len(timed) == len(set(timed))
 
 
-def test_both_layouts_are_really_timed():
+def test_each_class_of_row_counts_has_what_is_fastest_for_it(monkeypatch):
+    monkeypatch.setattr("dynatree.packing.MIN_WEIGHTS", 1)
+    first, *_, last = LAYOUTS
+    best = dict(zip(ROWS, (None, first, last), strict=True))
+    without_time(monkeypatch, lambda shape, rows, name: 0.94 if name == best[rows] else 1.0)
+    used = []
+    for name, pack in LAYOUTS.items():
+
+        def tell(linear, name=name, pack=pack):
+            multiply = pack(linear)
+            return lambda states: (used.append((name, states.shape[-2])), multiply(states))[1]
+
+        monkeypatch.setitem(LAYOUTS, name, tell)
+    layer = packed(build("llama")).lm_head
+    assert layer.layouts == (None, first, last)
+    used.clear()
+    with torch.inference_mode():
+        for rows in range(1, 20):
+            layer(torch.zeros(1, rows, 32))
+    few = [(first, rows) for rows in range(2, MANY)]
+    assert used == few + [(last, rows) for rows in range(MANY, 20)]
+
+
+def test_a_gain_of_less_than_a_twentieth_is_none(monkeypatch):
+    monkeypatch.setattr("dynatree.packing.MIN_WEIGHTS", 1)
+    without_time(monkeypatch, lambda shape, rows, name: 0.96 if name else 1.0)
+    model = build("llama")
+    assert packed(model) is model
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_packed_layer_serves_any_number_of_rows(layout):
+    """Also more and fewer than the layout was made with."""
+    for features in ((8, 24), (256, 96), (33, 7)):
+        linear = nn.Linear(*features)
+        layer = PackedLinear(linear, [layout] * len(ROWS))
+        for rows in (*range(1, 40), 64, 255):
+            states = torch.randn(1, rows, features[0])
+            with torch.inference_mode():
+                torch.testing.assert_close(layer(states), linear(states), rtol=1e-5, atol=1e-5)
+
+
+def test_a_layout_that_computes_something_else_is_not_taken(monkeypatch):
+    monkeypatch.setattr("dynatree.packing.MIN_WEIGHTS", 1)
+    monkeypatch.setattr(
+        "dynatree.packing.LAYOUTS", {"wrong": lambda linear: lambda states: linear(states) + 0.1}
+    )
+    timed = []
+    monkeypatch.setattr(
+        "dynatree.packing.median_seconds", lambda calls, *_: (timed.append(calls), [1.0])[1]
+    )
+    model = build("llama")
+    assert packed(model) is model
+    assert {len(calls) for calls in timed} == {1}
+
+
+def test_layouts_are_really_timed(monkeypatch):
+    def slow(linear):
+        return lambda states: [linear(states) for _ in range(50)][-1]
+
+    monkeypatch.setattr("dynatree.packing.LAYOUTS", {"slow": slow})
+    assert _fastest([nn.Linear(8, 8)]) == [None] * len(ROWS)
+
     class Slow(nn.Linear):
         def forward(self, states):
-            for _ in range(50):
-                super().forward(states)
-            return super().forward(states)
+            return [super(Slow, self).forward(states) for _ in range(50)][-1]
 
-    slow, fast = [Slow(8, 8)], [nn.Linear(8, 8)]
-    assert _faster(fast, slow)
-    assert not _faster(slow, fast)
+    linear = Slow(8, 8)
+    quick = partial(nn.functional.linear, weight=linear.weight, bias=linear.bias)
+    monkeypatch.setattr("dynatree.packing.LAYOUTS", {"slow": slow, "quick": lambda linear: quick})
+    assert _fastest([linear]) == ["quick"] * len(ROWS)
+
+
+@pytest.mark.parametrize("outcome", ["returns", "raises"])
+def test_onednn_is_as_it_was_after_an_eager_forward(outcome):
+    model = build("gpt_neox", layers=1)
+    seen = []
+
+    def look(*_):
+        seen.append(torch.backends.mkldnn.enabled)
+        if outcome == "raises":
+            raise KeyboardInterrupt
+
+    runner = ModelRunner(model, 64, Runtime("eager", CPU))
+    with torch.inference_mode():
+        runner.prefill(prompt(9))
+        model.gpt_neox.embed_in.register_forward_hook(look)
+        slots = torch.arange(9, 11)
+        inputs = prompt(2), slots, slots, torch.arange(64) <= slots[:, None]
+        with contextlib.suppress(KeyboardInterrupt):
+            runner.forward(*inputs)
+    assert seen == [False]
+    assert torch.backends.mkldnn.enabled
 
 
 @pytest.mark.parametrize("change", ["small", "bfloat16"])

@@ -43,8 +43,11 @@ class ModelRunner:
         self.cache = SlotCache(text_config.num_hidden_layers, capacity)
         self._prefill = packed(model)
         self._call = runtime.callable(model)
-        # The eager implementation adds its mask to the scores, SDPA takes booleans as they are.
-        self._additive = attention == "eager"
+        # The eager implementation adds its mask to the scores. SDPA takes booleans too, but on a
+        # CPU turns them into numbers in every layer anew.
+        self._additive = attention == "eager" or self.device.type == "cpu"
+        self._shown = torch.zeros((), dtype=self.dtype, device=self.device)
+        self._hidden = torch.full_like(self._shown, torch.finfo(self.dtype).min)
         # Padding rows may stand beyond the context, where there is no embedding to look up.
         self._last = self.context - 1 if self.context is not None and runtime.static else None
 
@@ -85,8 +88,7 @@ class ModelRunner:
         self.cache.place(slots, mask.shape[-1])
         mask = mask.view(1, 1, *mask.shape)
         if self._additive:
-            lowest = torch.finfo(self.dtype).min
-            mask = torch.zeros_like(mask, dtype=self.dtype).masked_fill_(~mask, lowest)
+            mask = torch.where(mask, self._shown, self._hidden)
         if self._last is not None:
             positions = positions.clamp(max=self._last)
         logits = self._call(

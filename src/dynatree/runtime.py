@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from dynatree.errors import DecodeError
-from dynatree.packing import packed
+from dynatree.packing import packed, row_class
 from dynatree.schema import RuntimeMode
 
 SLOT_BUCKETS = {True: 256, False: 64}
@@ -88,11 +88,13 @@ class Runtime:
     def callable(self, model: PreTrainedModel) -> Callable[..., Tensor]:
         """The forward of `model`, from its inputs to its logits [1, n, vocabulary], as this runtime
         calls it, with shapes left open."""
-        model = packed(model)
+        layers = packed(model)
         if self.mode == "eager":
-            return partial(forward, model)
+            on_cpu = self.device.type == "cpu" and model.dtype == torch.float32
+            return partial(_without_onednn if on_cpu else forward, layers)
         # Once: a model finds out its dtype and device by walking over its parameters.
-        return partial(_compiled, model, (model.dtype, model.device))
+        kind = (model.dtype, model.device)
+        return partial(_compiled, layers, kind, row_class if layers is not model else _several)
 
     def run(self, key: tuple[object, ...], phase: Callable[[], None]) -> None:
         """Runs `phase`, or replays what was captured under `key`."""
@@ -168,15 +170,36 @@ def forward(
     return logits
 
 
+def _without_onednn(model: PreTrainedModel, **inputs: Any) -> Tensor:
+    """`forward` in float32 on a CPU, where oneDNN does nothing but GELU, which it sets up anew at
+    every call: for a few rows that takes ten times as long as PyTorch's own."""
+    enabled = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
+    try:
+        return forward(model, **inputs)
+    finally:
+        torch.backends.mkldnn.enabled = enabled
+
+
+def _several(rows: int) -> bool:
+    return rows > 1
+
+
 _COMPILED: weakref.WeakKeyDictionary[
     PreTrainedModel, dict[tuple[object, ...], Callable[..., Tensor]]
 ] = weakref.WeakKeyDictionary()
 
 
 def _compiled(
-    model: PreTrainedModel, kind: tuple[object, ...], *, input_ids: Tensor, **inputs: Any
+    model: PreTrainedModel,
+    kind: tuple[object, ...],
+    row_class: Callable[[int], int],
+    *,
+    input_ids: Tensor,
+    **inputs: Any,
 ) -> Tensor:
-    """The compiled forward of `model`; compiled on first use for one token, and for several.
+    """The compiled forward of `model`; compiled on first use for each class of row counts: one
+    token and several, and where layers are packed, few and many.
 
     What torch.compile would check before every call, a tenth of a target's forward and a third of
     a small draft's, is settled here instead: all calls have the same form, the number of tokens,
@@ -185,11 +208,11 @@ def _compiled(
     Unchecked code must be found by nobody else, so each has a code object of its own.
     """
     variants = _COMPILED.setdefault(model, {})
-    one = input_ids.shape[1] == 1
-    key = (one, *kind, model.training)
+    rows = row_class(input_ids.shape[1])
+    key = (rows, *kind, model.training)
     if key in variants:
         return variants[key](model, input_ids, **inputs)
-    code = forward.__code__.replace(co_name=f"forward_{'one' if one else 'several'}")
+    code = forward.__code__.replace(co_name=f"forward_{rows:d}")
     variants[key] = torch.compile(
         FunctionType(code, forward.__globals__),
         dynamic=True,
