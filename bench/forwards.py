@@ -3,6 +3,7 @@
 For CPUs: on CUDA nothing is packed, and `roofline.py` times the captured phases.
 """
 
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -55,9 +56,9 @@ def forward_of(setting: Setting, mode: RuntimeMode) -> Callable[[int], None]:
     return forward
 
 
-def everywhere(layout: str | None, plain: object) -> list[str | None]:
-    """`layout` for each class of row counts."""
-    return [layout] * len(packing.ROWS)
+def everywhere(layout: str | None, linears: object, compiled: object) -> defaultdict[Any, Any]:
+    """`layout` for all shapes of layers, for few rows and for many."""
+    return defaultdict(lambda: (layout, layout))
 
 
 def measure(setting: Setting) -> dict[str, Any]:

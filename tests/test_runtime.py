@@ -3,8 +3,9 @@
 import contextlib
 import copy
 import gc
+import math
+from collections import defaultdict
 from functools import partial
-from itertools import cycle, islice
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 
 import dynatree
 from dynatree.errors import DecodeError
-from dynatree.packing import LAYOUTS, MANY, ROWS, PackedLinear, _fastest, packed
+from dynatree.packing import LAYOUTS, MANY, PackedLinear, _fastest, _seconds, packed
 from dynatree.runner import ModelRunner
 from dynatree.runtime import Runtime
 
@@ -24,9 +25,10 @@ CPU = torch.device("cpu")
 def small_weights_too(monkeypatch):
     """Packs all layers, whether they gain or not."""
     monkeypatch.setattr("dynatree.packing.MIN_WEIGHTS", 1)
-    # In turn, so that every class of row counts has another.
-    layouts = list(islice(cycle(LAYOUTS), len(ROWS)))
-    monkeypatch.setattr("dynatree.packing._fastest", lambda plain: layouts)
+    first, *_, last = LAYOUTS
+    monkeypatch.setattr(
+        "dynatree.packing._fastest", lambda linears, compiled: defaultdict(lambda: (first, last))
+    )
 
 
 def test_auto_is_eager_on_a_cpu():
@@ -83,8 +85,8 @@ def test_compiled_on_a_cpu(small_weights_too):
         for length, new in ((17, 30), (5, 23)):
             assert decoder.decode(prompt(length), new).tokens == expected("gpt_neox", length, new)
         compiles.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    # Shapes are left open: a graph for each class of row counts, for each model.
-    assert compiles[-1] - compiles[0] <= 5
+    # Shapes are left open: one graph for one token and one for several, for each model.
+    assert compiles[-1] - compiles[0] <= 3
 
 
 @pytest.mark.compiler
@@ -163,53 +165,72 @@ def test_packed_weights_go_with_their_model(small_weights_too):
 
 
 def without_time(monkeypatch, seconds):
-    """`seconds(shape, rows, layout)` instead of the time of a pass, None being the plain layout."""
+    """`seconds(layout, shape, rows)` instead of the time that layers of a shape take."""
     timed = []
 
-    def median_seconds(calls, reset, wait):
-        usual, *others = calls
-        plain, states = usual.args
-        shape, rows = tuple(plain[0].weight.shape), states.shape[-2]
-        assert states.shape == (1, rows, shape[1])
-        assert {tuple(linear.weight.shape) for linear in plain} == {shape}
-        assert len(others) == len(LAYOUTS)
-        for call in calls:
-            call()
-            assert call.args[1] is states
-            assert len(call.args[0]) == len(plain)
-        timed.append((shape, rows))
-        return [seconds(shape, rows, layout) for layout in (None, *LAYOUTS)]
+    def measured(sample, layers, rows):
+        shapes = [linear.weight.shape for linear in sample]
+        timed.append((len(sample), rows))
+        assert {name: len(each) for name, each in layers.items()} == dict.fromkeys(
+            LAYOUTS, len(sample)
+        )
+        return {
+            (layout, shape): seconds(layout, tuple(shape), rows)
+            for layout in (None, *layers)
+            for shape in shapes
+        }
 
-    monkeypatch.setattr("dynatree.packing.median_seconds", median_seconds)
+    monkeypatch.setattr("dynatree.packing.MIN_WEIGHTS", 1)
+    monkeypatch.setattr("dynatree.packing.CALL_SECONDS", {False: 0.0, True: 0.0})
+    monkeypatch.setattr("dynatree.packing._seconds", measured)
     return timed
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("gaining", [set(), {(32, 32)}, {(32, 64), (VOCAB, 32)}])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layers_are_packed_where_their_shape_gains(gaining, layout, monkeypatch):
-    monkeypatch.setattr("dynatree.packing.MIN_WEIGHTS", 1)
-
-    def seconds(shape, rows, name):
+def test_layers_are_packed_where_their_shape_gains(gaining, layout, compiled, monkeypatch):
+    def seconds(name, shape, rows):
         return 0.5 if name == layout and shape in gaining else 1.0
 
     timed = without_time(monkeypatch, seconds)
     model = build("llama", layers=2)
-    twin = packed(model)
-    assert len(timed) == len(set(timed)) > 2 * len(ROWS)
+    twin = packed(model, compiled)
+    assert timed == [(len(linears(model, nn.Linear)), rows) for rows in (1, 4, 12)]
     expected = [tuple(linear.weight.shape) in gaining for linear in linears(model, nn.Linear)]
     modules = [module for module in twin.modules() if type(module) in (nn.Linear, PackedLinear)]
     assert [type(module) is PackedLinear for module in modules] == expected
-    assert {module.layouts for module in linears(twin, PackedLinear)} <= {(layout,) * len(ROWS)}
+    assert {module.layouts for module in linears(twin, PackedLinear)} <= {(layout, layout)}
     assert (twin is model) == (not gaining)
-    assert packed(model) is twin
-    assert len(timed) == len(set(timed))
+    assert packed(model, compiled) is twin
+    assert len(timed) == 3
 
 
-def test_each_class_of_row_counts_has_what_is_fastest_for_it(monkeypatch):
-    monkeypatch.setattr("dynatree.packing.MIN_WEIGHTS", 1)
+@pytest.mark.parametrize(
+    ("times", "eager", "compiled"),
+    [
+        ({1: 0.9, 4: 0.9, 12: 0.9}, ("mkl", "mkl"), ("mkl", "mkl")),
+        # A loss for one row count is not made up for by gains for others.
+        ({1: 1.1, 4: 0.1, 12: 0.1}, (None, "mkl"), (None, None)),
+        ({1: 0.9, 4: 0.9, 12: 1.1}, ("mkl", None), (None, None)),
+        # Less than a twentieth.
+        ({1: 0.96, 4: 0.96, 12: 0.96}, (None, None), (None, None)),
+        ({1: 0.99, 4: 0.99, 12: 0.8}, (None, "mkl"), ("mkl", "mkl")),
+    ],
+)
+def test_few_rows_and_many_have_what_is_fastest_for_them(times, eager, compiled, monkeypatch):
+    if "mkl" not in LAYOUTS:
+        pytest.skip("needs MKL")
+    without_time(monkeypatch, lambda name, _, rows: times[rows] if name == "mkl" else 1.0)
+    model = build("llama")
+    for layouts, twin in ((eager, packed(model)), (compiled, packed(model, True))):
+        expected = {(None, None): nn.Linear}.get(layouts, PackedLinear)
+        assert type(twin.lm_head) is expected
+        assert getattr(twin.lm_head, "layouts", (None, None)) == layouts
+
+
+def test_a_layer_multiplies_few_rows_and_many_by_their_layouts(monkeypatch):
     first, *_, last = LAYOUTS
-    best = dict(zip(ROWS, (None, first, last), strict=True))
-    without_time(monkeypatch, lambda shape, rows, name: 0.94 if name == best[rows] else 1.0)
     used = []
     for name, pack in LAYOUTS.items():
 
@@ -218,19 +239,23 @@ def test_each_class_of_row_counts_has_what_is_fastest_for_it(monkeypatch):
             return lambda states: (used.append((name, states.shape[-2])), multiply(states))[1]
 
         monkeypatch.setitem(LAYOUTS, name, tell)
-    layer = packed(build("llama")).lm_head
-    assert layer.layouts == (None, first, last)
-    used.clear()
-    with torch.inference_mode():
-        for rows in range(1, 20):
-            layer(torch.zeros(1, rows, 32))
-    few = [(first, rows) for rows in range(2, MANY)]
-    assert used == few + [(last, rows) for rows in range(MANY, 20)]
+    for few, many in ((first, last), (last, first), (None, last), (first, None)):
+        layer = PackedLinear(nn.Linear(32, 16), few, many)
+        used.clear()
+        with torch.inference_mode():
+            for rows in range(1, 20):
+                layer(torch.zeros(1, rows, 32))
+        expected = [(few, rows) for rows in range(1, MANY)]
+        expected += [(many, rows) for rows in range(MANY, 20)]
+        assert used == [(name, rows) for name, rows in expected if name]
 
 
-def test_a_gain_of_less_than_a_twentieth_is_none(monkeypatch):
-    monkeypatch.setattr("dynatree.packing.MIN_WEIGHTS", 1)
-    without_time(monkeypatch, lambda shape, rows, name: 0.96 if name else 1.0)
+def test_the_cost_of_a_call_counts(monkeypatch):
+    without_time(monkeypatch, lambda name, shape, rows: 0.5 if name else 1.0)
+    monkeypatch.setattr("dynatree.packing.CALL_SECONDS", {False: 0.05, True: 0.05})
+    twin = packed(build("llama"))
+    assert linears(twin, PackedLinear)
+    monkeypatch.setattr("dynatree.packing.CALL_SECONDS", {False: 0.5, True: 0.5})
     model = build("llama")
     assert packed(model) is model
 
@@ -240,7 +265,7 @@ def test_a_packed_layer_serves_any_number_of_rows(layout):
     """Also more and fewer than the layout was made with."""
     for features in ((8, 24), (256, 96), (33, 7)):
         linear = nn.Linear(*features)
-        layer = PackedLinear(linear, [layout] * len(ROWS))
+        layer = PackedLinear(linear, layout, layout)
         for rows in (*range(1, 40), 64, 255):
             states = torch.randn(1, rows, features[0])
             with torch.inference_mode():
@@ -248,34 +273,39 @@ def test_a_packed_layer_serves_any_number_of_rows(layout):
 
 
 def test_a_layout_that_computes_something_else_is_not_taken(monkeypatch):
-    monkeypatch.setattr("dynatree.packing.MIN_WEIGHTS", 1)
-    monkeypatch.setattr(
-        "dynatree.packing.LAYOUTS", {"wrong": lambda linear: lambda states: linear(states) + 0.1}
-    )
-    timed = []
-    monkeypatch.setattr(
-        "dynatree.packing.median_seconds", lambda calls, *_: (timed.append(calls), [1.0])[1]
-    )
-    model = build("llama")
-    assert packed(model) is model
-    assert {len(calls) for calls in timed} == {1}
+    def of(error):
+        return {"one": lambda linear: lambda states: linear(states) + error}
+
+    linear = nn.Linear(32, 16)
+    for error, finite in ((0.1, False), (0.0, True)):
+        layers = {name: [pack(linear)] for name, pack in of(error).items()}
+        seconds = _seconds([linear], layers, 4)
+        assert math.isfinite(seconds["one", linear.weight.shape]) == finite
 
 
 def test_layouts_are_really_timed(monkeypatch):
     def slow(linear):
         return lambda states: [linear(states) for _ in range(50)][-1]
 
+    def quick(linear):
+        return partial(nn.functional.linear, weight=linear.weight, bias=linear.bias)
+
+    linear = nn.Linear(8, 8)
+    monkeypatch.setattr("dynatree.packing.CALL_SECONDS", {False: 0.0, True: 0.0})
     monkeypatch.setattr("dynatree.packing.LAYOUTS", {"slow": slow})
-    assert _fastest([nn.Linear(8, 8)]) == [None] * len(ROWS)
+    assert _fastest([linear], False) == {linear.weight.shape: (None, None)}
+    monkeypatch.setattr("dynatree.packing._plain", slow)
+    monkeypatch.setattr("dynatree.packing.LAYOUTS", {"slow": slow, "quick": quick})
+    for compiled in (False, True):
+        assert _fastest([linear], compiled) == {linear.weight.shape: ("quick", "quick")}
 
-    class Slow(nn.Linear):
-        def forward(self, states):
-            return [super(Slow, self).forward(states) for _ in range(50)][-1]
 
-    linear = Slow(8, 8)
-    quick = partial(nn.functional.linear, weight=linear.weight, bias=linear.bias)
-    monkeypatch.setattr("dynatree.packing.LAYOUTS", {"slow": slow, "quick": lambda linear: quick})
-    assert _fastest([linear]) == ["quick"] * len(ROWS)
+def test_a_sample_has_every_shape(monkeypatch):
+    monkeypatch.setattr("dynatree.packing.SAMPLE_WEIGHTS", 100)
+    timed = without_time(monkeypatch, lambda *_: 1.0)
+    fastest = _fastest([*(nn.Linear(8, 8) for _ in range(5)), nn.Linear(8, 4)], False)
+    assert list(fastest) == [torch.Size((8, 8)), torch.Size((4, 8))]
+    assert timed == [(3, 1), (3, 4), (3, 12)]
 
 
 @pytest.mark.parametrize("outcome", ["returns", "raises"])

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from dynatree.errors import DecodeError
-from dynatree.packing import packed, row_class
+from dynatree.packing import packed
 from dynatree.schema import RuntimeMode
 
 SLOT_BUCKETS = {True: 256, False: 64}
@@ -85,16 +85,19 @@ class Runtime:
         # would compile once more for the forward that sees all slots.
         return self.visible(slots) + 8
 
+    def packed(self, model: PreTrainedModel) -> PreTrainedModel:
+        """`model` with those linear layers packed that gain where this runtime calls them."""
+        return packed(model, self.mode == "compiled")
+
     def callable(self, model: PreTrainedModel) -> Callable[..., Tensor]:
         """The forward of `model`, from its inputs to its logits [1, n, vocabulary], as this runtime
         calls it, with shapes left open."""
-        layers = packed(model)
+        model = self.packed(model)
         if self.mode == "eager":
             on_cpu = self.device.type == "cpu" and model.dtype == torch.float32
-            return partial(_without_onednn if on_cpu else forward, layers)
+            return partial(_without_onednn if on_cpu else forward, model)
         # Once: a model finds out its dtype and device by walking over its parameters.
-        kind = (model.dtype, model.device)
-        return partial(_compiled, layers, kind, row_class if layers is not model else _several)
+        return partial(_compiled, model, (model.dtype, model.device))
 
     def run(self, key: tuple[object, ...], phase: Callable[[], None]) -> None:
         """Runs `phase`, or replays what was captured under `key`."""
@@ -181,25 +184,15 @@ def _without_onednn(model: PreTrainedModel, **inputs: Any) -> Tensor:
         torch.backends.mkldnn.enabled = enabled
 
 
-def _several(rows: int) -> bool:
-    return rows > 1
-
-
 _COMPILED: weakref.WeakKeyDictionary[
     PreTrainedModel, dict[tuple[object, ...], Callable[..., Tensor]]
 ] = weakref.WeakKeyDictionary()
 
 
 def _compiled(
-    model: PreTrainedModel,
-    kind: tuple[object, ...],
-    row_class: Callable[[int], int],
-    *,
-    input_ids: Tensor,
-    **inputs: Any,
+    model: PreTrainedModel, kind: tuple[object, ...], *, input_ids: Tensor, **inputs: Any
 ) -> Tensor:
-    """The compiled forward of `model`; compiled on first use for each class of row counts: one
-    token and several, and where layers are packed, few and many.
+    """The compiled forward of `model`; compiled on first use for one token, and for several.
 
     What torch.compile would check before every call, a tenth of a target's forward and a third of
     a small draft's, is settled here instead: all calls have the same form, the number of tokens,
@@ -208,11 +201,11 @@ def _compiled(
     Unchecked code must be found by nobody else, so each has a code object of its own.
     """
     variants = _COMPILED.setdefault(model, {})
-    rows = row_class(input_ids.shape[1])
-    key = (rows, *kind, model.training)
+    one = input_ids.shape[1] == 1
+    key = (one, *kind, model.training)
     if key in variants:
         return variants[key](model, input_ids, **inputs)
-    code = forward.__code__.replace(co_name=f"forward_{rows:d}")
+    code = forward.__code__.replace(co_name=f"forward_{'one' if one else 'several'}")
     variants[key] = torch.compile(
         FunctionType(code, forward.__globals__),
         dynamic=True,
