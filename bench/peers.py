@@ -31,9 +31,12 @@ from transformers.utils import is_sklearn_available
 
 from dynatree.decode import Decoder
 from dynatree.errors import reporting
-from dynatree.strategies import Autoregressive, Linear, StrategyBase
+from dynatree.strategies import Autoregressive, Linear, StrategyBase, Tree
 
 LINEAR_TOKENS = (2, 3, 4, 6, 8)
+SYSTEM_THRESHOLDS = (0.03, 0.06)
+"""Of pruning, tried beside the configured one: what the best is depends on what a node costs."""
+
 ASSISTANT_TOKENS = (2, 3, 4, 6, 8)
 LOOKUP_TOKENS = (2, 4, 8, 16)
 
@@ -164,9 +167,23 @@ def compiled_peers(setting: Setting) -> dict[str, Method]:
     return {"static": Method(plain.label, decode_compiled)}
 
 
+def systems(setting: Setting) -> dict[str, Method]:
+    """The full system with each pruning threshold; on CUDA, where a node costs little and graphs
+    are captured for each, with the configured one."""
+    configured = setting.spec.strategy
+    if not isinstance(configured, Tree) or setting.device.type == "cuda":
+        return {"configured": ours(setting, configured, f"ours, {configured.describe()}")}
+    methods = {}
+    for threshold in sorted({configured.prune_threshold, *SYSTEM_THRESHOLDS}):
+        strategy = configured.model_copy(update={"prune_threshold": threshold})
+        methods[f"{threshold:g}"] = ours(setting, strategy, f"ours, {strategy.describe()}")
+    return methods
+
+
 def candidates(setting: Setting) -> dict[str, dict[str, Method]]:
     """The methods that are chosen among: by family, then by the value of the choice."""
     families = {
+        SYSTEM: systems(setting),
         "linear": {
             str(count): ours(setting, Linear(num_draft_tokens=count), f"ours, linear, K = {count}")
             for count in LINEAR_TOKENS
@@ -237,12 +254,14 @@ def measure(setting: Setting) -> dict[str, Any]:
     reference = [plain.decode(prompt) for prompt in setting.prompts]
     methods = {
         "ar": ours(setting, Autoregressive(), "ours, autoregressive"),
-        SYSTEM: ours(setting, setting.spec.strategy, f"ours, {setting.spec.strategy.describe()}"),
         "generate": plain,
         "assistant": assisted(setting, "the draft as assistant_model, its defaults", {}),
     }
     choices: dict[str, Any] = {}
     for family, among in candidates(setting).items():
+        if len(among) == 1:
+            methods[family] = next(iter(among.values()))
+            continue
         chosen, choices[family] = choose(setting, family, among, reference)
         methods[family] = among[chosen]
     timings = interleaved(

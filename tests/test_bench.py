@@ -112,6 +112,7 @@ def run(micro, tmp_path, monkeypatch, capsys):  # noqa: F811
     # One candidate of each family would choose nothing; two keep the test short.
     for family in ("LINEAR_TOKENS", "ASSISTANT_TOKENS", "LOOKUP_TOKENS"):
         monkeypatch.setattr(peers, family, (2, 3))
+    monkeypatch.setattr(peers, "SYSTEM_THRESHOLDS", (0.1,))
     monkeypatch.setattr(peers, "CHOOSING_RUNS", 1)
 
     def call(*arguments):
@@ -143,10 +144,16 @@ def test_peers_records_every_method_and_the_ratios_follow_from_the_seconds(run, 
         paired = np.median(speeds[entry["of"]] / speeds[entry["to"]], axis=1)
         assert entry["value"] == pytest.approx(np.exp(np.log(paired).mean()))
         assert entry["interval"]["low"] <= entry["value"] <= entry["interval"]["high"]
-    for family in ("linear", "assistant_tuned", "prompt_lookup"):
+    tuned = ("2", "3")
+    for family, values in {
+        "dynatree": ("0", "0.1"),
+        "linear": tuned,
+        "assistant_tuned": tuned,
+        "prompt_lookup": tuned,
+    }.items():
         choice = record["choices"][family]
         tried = {name: facts["tokens_per_second"] for name, facts in choice["candidates"].items()}
-        assert set(tried) == {"2", "3"}
+        assert set(tried) == set(values)
         assert tried[choice["chosen"]] == max(tried.values())
         # The choice and the measurement share no timing.
         chosen = np.unique(choice["candidates"][choice["chosen"]]["seconds"])
@@ -195,7 +202,7 @@ def test_peers_fails_and_writes_nothing_when_a_method_is_wrong(run, monkeypatch,
         return peers.Method(label, lambda prompt: [*method.decode(prompt)[:-1], 0])
 
     monkeypatch.setattr(peers, "ours", broken)
-    with pytest.raises(LosslessError, match=r"linear 2: prompt 0 at token 7"):
+    with pytest.raises(LosslessError, match=r"dynatree 0: prompt 0 at token 7"):
         run()
     assert not (tmp_path / "bench").exists()
 
