@@ -33,10 +33,10 @@ from dynatree.decode import Decoder
 from dynatree.errors import reporting
 from dynatree.strategies import Autoregressive, Linear, StrategyBase, Tree
 
-LINEAR_TOKENS = (2, 3, 4, 6, 8)
 SYSTEM_THRESHOLDS = (0.03, 0.06)
 """Of pruning, tried beside the configured one: what the best is depends on what a node costs."""
 
+LINEAR_TOKENS = (2, 3, 4, 6, 8)
 ASSISTANT_TOKENS = (2, 3, 4, 6, 8)
 LOOKUP_TOKENS = (2, 4, 8, 16)
 
@@ -171,13 +171,16 @@ def systems(setting: Setting) -> dict[str, Method]:
     """The full system with each pruning threshold; on CUDA, where a node costs little and graphs
     are captured for each, with the configured one."""
     configured = setting.spec.strategy
-    if not isinstance(configured, Tree) or setting.device.type == "cuda":
-        return {"configured": ours(setting, configured, f"ours, {configured.describe()}")}
-    methods = {}
-    for threshold in sorted({configured.prune_threshold, *SYSTEM_THRESHOLDS}):
-        strategy = configured.model_copy(update={"prune_threshold": threshold})
-        methods[f"{threshold:g}"] = ours(setting, strategy, f"ours, {strategy.describe()}")
-    return methods
+    strategies: dict[str, StrategyBase] = {"configured": configured}
+    if isinstance(configured, Tree) and setting.device.type != "cuda":
+        strategies = {
+            f"{threshold:g}": configured.model_copy(update={"prune_threshold": threshold})
+            for threshold in sorted({configured.prune_threshold, *SYSTEM_THRESHOLDS})
+        }
+    return {
+        value: ours(setting, strategy, f"ours, {strategy.describe()}")
+        for value, strategy in strategies.items()
+    }
 
 
 def candidates(setting: Setting) -> dict[str, dict[str, Method]]:

@@ -106,6 +106,10 @@ class PackedLinear(nn.Module):
             return cast(
                 Tensor, torch.ops.dynatree.packed_linear(states, self.handle, self.out_features)
             )
+        return self.multiply(states)
+
+    def multiply(self, states: Tensor) -> Tensor:
+        """[1, n, in] to [1, n, out]."""
         return (self._few if states.shape[-2] < MANY else self._many)(states)
 
 
@@ -118,7 +122,7 @@ _PACKED: weakref.WeakKeyDictionary[
 
 _library = torch.library.Library("dynatree", "DEF")
 _library.define("packed_linear(Tensor states, int handle, int out_features) -> Tensor")
-_library.impl("packed_linear", lambda states, handle, _: _BY_HANDLE[handle](states), "CPU")
+_library.impl("packed_linear", lambda states, handle, _: _BY_HANDLE[handle].multiply(states), "CPU")
 
 
 torch.library.register_fake(

@@ -41,7 +41,7 @@ class ModelRunner:
         self.vocab_size = int(text_config.vocab_size)
         self.cache = SlotCache(text_config.num_hidden_layers, capacity)
         self._prefill = runtime.packed(model)
-        self._call = runtime.callable(model)
+        self._call = runtime.callable(self._prefill)
         # The eager implementation adds its mask to the scores. SDPA takes booleans too, but on a
         # CPU turns them into numbers in every layer anew.
         self._additive = attention == "eager" or self.device.type == "cpu"

@@ -90,9 +90,8 @@ class Runtime:
         return packed(model, self.mode == "compiled")
 
     def callable(self, model: PreTrainedModel) -> Callable[..., Tensor]:
-        """The forward of `model`, from its inputs to its logits [1, n, vocabulary], as this runtime
-        calls it, with shapes left open."""
-        model = self.packed(model)
+        """The forward of `model`, which `packed` returned, from its inputs to its logits
+        [1, n, vocabulary], as this runtime calls it, with shapes left open."""
         if self.mode == "eager":
             on_cpu = self.device.type == "cpu" and model.dtype == torch.float32
             return partial(_without_onednn if on_cpu else forward, model)
@@ -174,8 +173,9 @@ def forward(
 
 
 def _without_onednn(model: PreTrainedModel, **inputs: Any) -> Tensor:
-    """`forward` in float32 on a CPU, where oneDNN does nothing but GELU, which it sets up anew at
-    every call: for a few rows that takes ten times as long as PyTorch's own."""
+    """`forward` in float32 on a CPU, where all that PyTorch gives to oneDNN is GELU. It is set up
+    anew at every call, which for a few rows takes longer than PyTorch's own. Packed layers call
+    oneDNN themselves."""
     enabled = torch.backends.mkldnn.enabled
     torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
     try:
