@@ -1,13 +1,11 @@
-"""What a target forward of n rows costs, by runtime, and by how its linear layers are laid out.
+"""What a target forward of n rows costs, by runtime, and by whose product its linear layers use.
 
 For CPUs: on CUDA nothing is packed, and `roofline.py` times the captured phases.
 """
 
-from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -23,7 +21,7 @@ from harness import (
     write,
 )
 
-from dynatree import packing
+from dynatree import kernel
 from dynatree.errors import reporting
 from dynatree.runner import ModelRunner
 from dynatree.runtime import Runtime
@@ -56,22 +54,14 @@ def forward_of(setting: Setting, mode: RuntimeMode) -> Callable[[int], None]:
     return forward
 
 
-def everywhere(layout: str | None, linears: object, compiled: object) -> defaultdict[Any, Any]:
-    """`layout` for all shapes of layers, for few rows and for many."""
-    return defaultdict(lambda: (layout, layout))
-
-
 def measure(setting: Setting) -> dict[str, Any]:
     """Milliseconds per forward, by method and number of rows."""
     methods: dict[str, Callable[[int], None]] = {}
     for mode in MODES:
-        for layout in (None, *packing.LAYOUTS):
-            with (
-                replaced(packing, "_PACKED", WeakKeyDictionary()),
-                replaced(packing, "_fastest", partial(everywhere, layout)),
-            ):
-                methods[f"{mode}, {layout or 'plain'}"] = forward_of(setting, mode)
-        methods[f"{mode}, as chosen"] = forward_of(setting, mode)
+        with replaced(kernel, "available", lambda: False):
+            methods[f"{mode}, PyTorch's"] = forward_of(setting, mode)
+        if kernel.available():
+            methods[f"{mode}, ours"] = forward_of(setting, mode)
     timings = interleaved(
         methods,
         ROWS,

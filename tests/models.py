@@ -7,6 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import dynatree
+from dynatree.packing import packed
 
 torch.set_num_threads(1)
 
@@ -136,7 +137,8 @@ class Calls:
         self.sizes = []
 
     def __enter__(self):
-        self._hook = self.model.register_forward_pre_hook(self._record, with_kwargs=True)
+        # What the engine calls in the model's place, on a CPU.
+        self._hook = packed(self.model).register_forward_pre_hook(self._record, with_kwargs=True)
         return self
 
     def _record(self, module, args, kwargs):

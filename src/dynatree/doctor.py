@@ -45,7 +45,7 @@ TOOLS = {
     "booktabs.sty": ("paper/main.pdf", "texlive-latex-base texlive-latex-recommended"),
     "chromium": ("the tests of the tree page", "chromium"),
     "node": ("the tests of the tree page", "nodejs"),
-    "g++": ("runtime: compiled on a CPU", "g++"),
+    "g++": ("fast linear layers and runtime: compiled on a CPU", "g++"),
     "git": ("the commit in a result's provenance", "git"),
 }
 """Commands, and a style of TeX: what needs them, and the Debian packages that have them."""

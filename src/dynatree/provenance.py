@@ -9,11 +9,14 @@ from typing import Any
 import psutil
 import torch
 
+from dynatree import kernel
+
 LIBRARIES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "snakemake")
 
 
 def device_facts(device: torch.device) -> dict[str, Any]:
-    """Type and name of the device, the threads in use, and the GPU's driver and clocks."""
+    """Type and name of the device, the threads in use, and the GPU's driver and clocks; of a CPU,
+    whether linear layers are multiplied by `dynatree.kernel`."""
     facts: dict[str, Any] = {
         "type": device.type,
         "name": _cpu_name(),
@@ -32,6 +35,7 @@ def device_facts(device: torch.device) -> dict[str, Any]:
         frequency = psutil.cpu_freq()
         facts["clock_mhz"] = round(frequency.current) if frequency else None
         facts["capability"] = torch.backends.cpu.get_cpu_capability()
+        facts["kernel"] = kernel.loaded()
     return facts
 
 

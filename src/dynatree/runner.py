@@ -6,6 +6,7 @@ from transformers import PreTrainedModel
 
 from dynatree.cache import SlotCache
 from dynatree.errors import DecodeError
+from dynatree.packing import packed
 from dynatree.runtime import Runtime
 
 _ATTENTION = ("sdpa", "eager")
@@ -40,7 +41,7 @@ class ModelRunner:
         # Rows of the output layer.
         self.vocab_size = int(text_config.vocab_size)
         self.cache = SlotCache(text_config.num_hidden_layers, capacity)
-        self._prefill = runtime.packed(model)
+        self._prefill = packed(model)
         self._call = runtime.callable(self._prefill)
         # The eager implementation adds its mask to the scores. SDPA takes booleans too, but on a
         # CPU turns them into numbers in every layer anew.

@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from dynatree.errors import DecodeError
-from dynatree.packing import packed
 from dynatree.schema import RuntimeMode
 
 SLOT_BUCKETS = {True: 256, False: 64}
@@ -85,13 +84,9 @@ class Runtime:
         # would compile once more for the forward that sees all slots.
         return self.visible(slots) + 8
 
-    def packed(self, model: PreTrainedModel) -> PreTrainedModel:
-        """`model` with those linear layers packed that gain where this runtime calls them."""
-        return packed(model, self.mode == "compiled")
-
     def callable(self, model: PreTrainedModel) -> Callable[..., Tensor]:
-        """The forward of `model`, which `packed` returned, from its inputs to its logits
-        [1, n, vocabulary], as this runtime calls it, with shapes left open."""
+        """The forward of `model`, from its inputs to its logits [1, n, vocabulary], as this runtime
+        calls it, with shapes left open."""
         if self.mode == "eager":
             on_cpu = self.device.type == "cpu" and model.dtype == torch.float32
             return partial(_without_onednn if on_cpu else forward, model)
@@ -174,8 +169,7 @@ def forward(
 
 def _without_onednn(model: PreTrainedModel, **inputs: Any) -> Tensor:
     """`forward` in float32 on a CPU, where all that PyTorch gives to oneDNN is GELU. It is set up
-    anew at every call, which for a few rows takes longer than PyTorch's own. Packed layers call
-    oneDNN themselves."""
+    anew at every call, which for a few rows takes longer than PyTorch's own."""
     enabled = torch.backends.mkldnn.enabled
     torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
     try:

@@ -1,0 +1,115 @@
+// states [n, in] times a weight [out, in], plus a bias, for the few rows of a verification.
+//
+// A weight is cut into panels of WIDTH outputs, which lie input by input. So it is read once, in
+// order and far enough ahead, for up to MOST rows, and while it arrives from memory those rows cost
+// no time of their own. (Register tiling as of Goto and van de Geijn, 2008; a library's product
+// copies the weight into such panels at every call, which pays for many rows only.)
+//
+// Every output is summed in the same order, whichever rows are multiplied with it: a token's values
+// do not depend on how many nodes the tree has that it is verified in.
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <utility>
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, MOST = 14;  // 32 registers: 14 x 2 sums, 2 of the weight, 1 of the state
+#else
+constexpr int LANES = 8, MOST = 6;  // 16 registers: 6 x 2 sums, 2 of the weight, 1 of the state
+#endif
+constexpr int VECTORS = 2, WIDTH = VECTORS * LANES;
+constexpr int AHEAD = 16;  // inputs between what is prefetched and what is multiplied
+constexpr int64_t GRAIN = 32768;  // weights that are worth a thread
+
+typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+// One panel by ROWS rows; `stride` lies between the rows of `out`.
+template <int ROWS>
+void tile(const float* states, int64_t inputs, const float* panel, const float* bias, float* out,
+          int64_t stride) {
+  Vector sums[ROWS][VECTORS];
+  for (int row = 0; row < ROWS; ++row)
+    for (int v = 0; v < VECTORS; ++v) sums[row][v] = *(const Vector*)(bias + v * LANES);
+  for (int64_t input = 0; input < inputs; ++input, panel += WIDTH) {
+    Vector weights[VECTORS];
+    for (int v = 0; v < VECTORS; ++v) {
+      weights[v] = *(const Vector*)(panel + v * LANES);
+      __builtin_prefetch(panel + AHEAD * WIDTH + v * LANES);
+    }
+    for (int row = 0; row < ROWS; ++row) {
+      const Vector state = states[row * inputs + input] - Vector{};
+      for (int v = 0; v < VECTORS; ++v) sums[row][v] += state * weights[v];
+    }
+  }
+  for (int row = 0; row < ROWS; ++row)
+    for (int v = 0; v < VECTORS; ++v) *(Vector*)(out + row * stride + v * LANES) = sums[row][v];
+}
+
+using Tile = decltype(&tile<1>);
+
+template <int... INDEX>
+constexpr std::array<Tile, sizeof...(INDEX)> tiles(std::integer_sequence<int, INDEX...>) {
+  return {&tile<INDEX + 1>...};
+}
+
+constexpr auto TILES = tiles(std::make_integer_sequence<int, MOST>{});  // by rows, less one
+
+at::Tensor multiply(const at::Tensor& states, const at::Tensor& weight, const at::Tensor& bias,
+                    int64_t outputs) {
+  const int64_t panels = weight.size(0), inputs = weight.size(1);
+  TORCH_CHECK(states.scalar_type() == at::kFloat && weight.scalar_type() == at::kFloat &&
+                  bias.scalar_type() == at::kFloat && weight.is_contiguous() &&
+                  bias.is_contiguous() && weight.size(2) == WIDTH &&
+                  bias.numel() == panels * WIDTH && states.size(-1) == inputs &&
+                  (panels - 1) * WIDTH < outputs && outputs <= panels * WIDTH,
+              "dynatree::multiply_rows: states ", states.sizes(), ", panels ", weight.sizes(),
+              ", bias ", bias.sizes(), ", outputs ", outputs, " do not fit, or are not float32");
+  const at::Tensor given = states.contiguous();
+  auto sizes = given.sizes().vec();
+  sizes.back() = outputs;
+  at::Tensor result = at::empty(sizes, given.options());
+  const int64_t rows = given.numel() / inputs, tall = (rows + MOST - 1) / MOST;
+  const float* from = given.const_data_ptr<float>();
+  const float* panel = weight.const_data_ptr<float>();
+  const float* added = bias.const_data_ptr<float>();
+  float* to = result.mutable_data_ptr<float>();
+  at::parallel_for(0, panels, 1 + (GRAIN - 1) / (inputs * WIDTH), [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      const int64_t columns = std::min<int64_t>(WIDTH, outputs - p * WIDTH);
+      for (int64_t t = 0, first = 0; t < tall; ++t) {
+        // As equal as can be: a tile of few rows is waited for as long as one of many.
+        const int64_t count = (rows - first + (tall - t) - 1) / (tall - t);
+        const auto multiplied = [&](float* out, int64_t stride) {
+          TILES[count - 1](from + first * inputs, inputs, panel + p * inputs * WIDTH,
+                           added + p * WIDTH, out, stride);
+        };
+        float* out = to + first * outputs + p * WIDTH;
+        if (columns == WIDTH) {
+          multiplied(out, outputs);
+        } else {
+          float whole[MOST * WIDTH];
+          multiplied(whole, WIDTH);
+          for (int64_t row = 0; row < count; ++row)
+            std::copy_n(whole + row * WIDTH, columns, out + row * outputs);
+        }
+        first += count;
+      }
+    }
+  });
+  return result;
+}
+
+}  // namespace
+
+TORCH_LIBRARY(dynatree, library) {
+  library.def("multiply_rows(Tensor states, Tensor weight, Tensor bias, int outputs) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(dynatree, CPU, library) { library.impl("multiply_rows", &multiply); }

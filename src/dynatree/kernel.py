@@ -1,0 +1,109 @@
+"""The C++ product of a few rows and a weight matrix on a CPU: compiled on first use, and loaded.
+
+`kernel.cpp` says what it does. It becomes the operator `dynatree::multiply_rows` of PyTorch, which
+compiled forwards call without going through Python.
+"""
+
+import hashlib
+import warnings
+from functools import cache
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("kernel.cpp")
+
+FLAGS = {
+    "AVX512": ("-O3", "-mavx512f", "-mfma", "-fopenmp"),
+    "AVX2": ("-O3", "-mavx2", "-mfma", "-fopenmp"),
+}
+"""How to compile for a processor, by what PyTorch calls its instructions."""
+
+WIDTH = {"AVX512": 32, "AVX2": 16}
+"""Outputs of a panel: two vectors."""
+
+
+class KernelWarning(UserWarning):
+    """Linear layers stay as slow as PyTorch's are, for want of the kernel."""
+
+
+def loaded() -> bool:
+    """Whether this process has compiled or found the kernel, and loaded it."""
+    return hasattr(torch.ops.dynatree, "multiply_rows")
+
+
+@cache
+def available() -> bool:
+    """Whether `multiply_rows` can be called; compiles it where this machine has not yet.
+
+    That takes some 10 seconds, once per version of the kernel and of PyTorch; what was made is kept
+    in PyTorch's folder of extensions (TORCH_EXTENSIONS_DIR). Where it cannot be compiled, a warning
+    says why.
+    """
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability not in FLAGS:
+        return False
+    try:
+        _load(capability)
+    except Exception as error:  # PyTorch passes on what Ninja, the compiler or the disk says
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        warnings.warn(
+            f"the CPU kernel could not be compiled ({reason}); decoding goes on without it, more "
+            "slowly. It needs g++ (Debian: g++) and a folder to write to, TORCH_EXTENSIONS_DIR",
+            KernelWarning,
+            stacklevel=2,
+        )
+        return False
+    torch.library.register_fake(
+        "dynatree::multiply_rows",
+        lambda states, weight, bias, outputs: states.new_empty((*states.shape[:-1], outputs)),
+    )
+    return True
+
+
+def _load(capability: str) -> None:
+    # Costs half a second, and only a CPU needs it.
+    from torch.utils import cpp_extension
+
+    flags = FLAGS[capability]
+    made_of = (SOURCE.read_text(encoding="utf-8"), " ".join(flags), torch.__version__)
+    digest = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:12]
+    name = f"dynatree_{capability.lower()}_{digest}"
+    folder = Path(cpp_extension._get_build_directory(name, verbose=False))
+    with FileLock(folder.with_suffix(".lock")):
+        # PyTorch's own lock is a file that outlives a process that was killed, and would be waited
+        # for without end. Whoever is here is alone.
+        (folder / "lock").unlink(missing_ok=True)
+        cpp_extension.load(
+            name,
+            [str(SOURCE)],
+            extra_cflags=list(flags),
+            extra_ldflags=["-fopenmp"],
+            build_directory=str(folder),
+            is_python_module=False,
+        )
+
+
+def panels(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A weight [out, in] and its bias [out] as `multiply_rows` reads them, float32.
+
+    Returns:
+        The weight as [panels, in, width] and the bias as [panels, width], filled up with zeros.
+    """
+    width = WIDTH[torch.backends.cpu.get_cpu_capability()]
+    outputs, inputs = weight.shape
+    count = -(-outputs // width)
+    rows = weight.new_zeros(count * width, inputs)
+    rows[:outputs] = weight
+    added = weight.new_zeros(count * width)
+    if bias is not None:
+        added[:outputs] = bias
+    return rows.view(count, width, inputs).transpose(1, 2).contiguous(), added.view(count, width)
+
+
+def multiply_rows(states: Tensor, weight: Tensor, bias: Tensor, outputs: int) -> Tensor:
+    """`states` [..., n, in] by what `panels` made of a weight and bias: [..., n, outputs]."""
+    product: Tensor = torch.ops.dynatree.multiply_rows.default(states, weight, bias, outputs)
+    return product

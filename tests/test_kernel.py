@@ -1,0 +1,149 @@
+"""The C++ product of a few rows: its values, how it is compiled, and where it is not."""
+
+import os
+import subprocess
+import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils import cpp_extension
+
+from dynatree import kernel
+
+needs_kernel = pytest.mark.skipif(not kernel.available(), reason="needs AVX2 and g++")
+
+EXACT = """
+import torch
+from dynatree import kernel
+assert kernel.available()
+generator = torch.Generator().manual_seed(0)
+for outputs, inputs in ((1, 1), (16, 8), (33, 7), (100, 130)):
+    for rows in (1, 5, 6, 7, 13, 14, 15, 40):
+        # Sums of small whole numbers are exact in any order.
+        weight, bias, states = (
+            torch.randint(-8, 9, size, generator=generator).float()
+            for size in ((outputs, inputs), (outputs,), (1, rows, inputs))
+        )
+        product = kernel.multiply_rows(states, *kernel.panels(weight, bias), outputs)
+        assert torch.equal(product, states @ weight.T + bias), (outputs, inputs, rows)
+print(torch.backends.cpu.get_cpu_capability())
+"""
+
+
+@needs_kernel
+@given(
+    rows=st.integers(1, 70),
+    inputs=st.integers(1, 200),
+    outputs=st.integers(1, 200),
+    biased=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_it_is_the_product(rows, inputs, outputs, biased, seed):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(outputs, inputs, generator=generator, dtype=torch.float64)
+    bias = torch.randn(outputs, generator=generator, dtype=torch.float64) if biased else None
+    states = torch.randn(2, rows, inputs, generator=generator, dtype=torch.float64)
+    expected = torch.nn.functional.linear(states, weight, bias)
+    packed = kernel.panels(weight.float(), None if bias is None else bias.float())
+    product = kernel.multiply_rows(states.float(), *packed, outputs)
+    assert product.shape == expected.shape
+    torch.testing.assert_close(product.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@needs_kernel
+def test_a_row_is_the_same_whatever_is_multiplied_with_it():
+    weight, bias = kernel.panels(torch.randn(70, 300), torch.randn(70))
+    states = torch.randn(1, 50, 300)
+    whole = kernel.multiply_rows(states, weight, bias, 70)
+    for first, count in ((0, 1), (3, 1), (0, 13), (5, 14), (20, 30), (49, 1)):
+        part = states[:, first : first + count]
+        product = kernel.multiply_rows(part, weight, bias, 70)
+        assert torch.equal(product, whole[:, first : first + count])
+
+
+@needs_kernel
+def test_rows_may_lie_apart():
+    weight, bias = kernel.panels(torch.randn(40, 12), None)
+    states = torch.randn(1, 12, 9).transpose(1, 2)
+    expected = kernel.multiply_rows(states.contiguous(), weight, bias, 40)
+    assert torch.equal(kernel.multiply_rows(states, weight, bias, 40), expected)
+
+
+@needs_kernel
+@pytest.mark.parametrize("wrong", ["inputs", "outputs", "dtype", "too_few_outputs"])
+def test_what_does_not_fit_is_refused(wrong):
+    weight, bias = kernel.panels(torch.randn(40, 12), None)
+    width = kernel.WIDTH[torch.backends.cpu.get_cpu_capability()]
+    states = torch.randn(1, 3, 11 if wrong == "inputs" else 12)
+    if wrong == "dtype":
+        states = states.double()
+    most = len(weight) * width
+    outputs = {"outputs": most + 1, "too_few_outputs": most - width}.get(wrong, 40)
+    with pytest.raises(RuntimeError, match="do not fit, or are not float32"):
+        kernel.multiply_rows(states, weight, bias, outputs)
+
+
+@needs_kernel
+def test_processors_without_avx512_have_a_kernel_too():
+    """In a process of its own: PyTorch settles what to use once."""
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2"}
+    done = subprocess.run(
+        [sys.executable, "-c", EXACT], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert (done.returncode, done.stdout) == (0, "AVX2\n"), done.stderr
+
+
+def test_a_processor_without_vectors_has_none(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not kernel.available.__wrapped__()
+
+
+@pytest.mark.parametrize(
+    ("failure", "said"),
+    [
+        (RuntimeError("Error building extension\nmore"), r"\(Error building extension\)"),
+        (OSError(), r"\(OSError\)"),
+    ],
+)
+def test_what_cannot_be_compiled_is_told_and_done_without(failure, said, monkeypatch):
+    def fails(_):
+        raise failure
+
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(kernel, "_load", fails)
+    with pytest.warns(kernel.KernelWarning, match=said):
+        assert not kernel.available.__wrapped__()
+
+
+def loaded_in(folder):
+    """Compiles and uses the kernel in a new process; what it says if that fails."""
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(folder)}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", EXACT],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    return done.stderr if done.returncode else ""
+
+
+@needs_kernel
+def test_processes_that_come_together_and_one_that_was_killed_before(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    names = []
+    monkeypatch.setattr(cpp_extension, "load", lambda name, *_, **__: names.append(name))
+    kernel._load(torch.backends.cpu.get_cpu_capability())
+    # What a process leaves that was killed while it compiled.
+    folder = Path(cpp_extension._get_build_directory(names[0], verbose=False))
+    (folder / "lock").touch()
+    (folder / f"{names[0]}.so").write_bytes(b"half")
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(loaded_in, [tmp_path] * 2)) == ["", ""]
