@@ -8,6 +8,7 @@ from models import CONTEXT, FAMILIES, Calls, draft_of, prompt, target_of
 
 import dynatree
 from dynatree.drafting import Drafter
+from dynatree.packing import packed
 from dynatree.tree import DraftTree
 
 PROMPT = 17
@@ -210,7 +211,7 @@ def test_shared_decoder_drafts_within_the_context():
 
     draft = draft_of("gpt2", "noisy")
     hooks = [
-        model.register_forward_pre_hook(record, with_kwargs=True)
+        packed(model).register_forward_pre_hook(record, with_kwargs=True)
         for model in (target_of("gpt2"), draft)
     ]
     decoder = dynatree.Decoder(target_of("gpt2"), draft, strategy, CONTEXT + 1)

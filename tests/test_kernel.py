@@ -1,5 +1,6 @@
-"""The C++ product of a few rows: its values, how it is compiled, and where it is not."""
+"""The C++ operators: their values, how they are compiled, and where they are not."""
 
+import math
 import os
 import subprocess
 import sys
@@ -108,7 +109,7 @@ def test_a_processor_without_vectors_has_none(monkeypatch):
 @pytest.mark.parametrize(
     ("failure", "said"),
     [
-        (RuntimeError("Error building extension\nmore"), r"\(Error building extension\)"),
+        (RuntimeError("Error building extension\nmore"), r"\(Error building extension more\)"),
         (OSError(), r"\(OSError\)"),
     ],
 )
@@ -147,3 +148,46 @@ def test_processes_that_come_together_and_one_that_was_killed_before(tmp_path, m
     (folder / f"{names[0]}.so").write_bytes(b"half")
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(loaded_in, [tmp_path] * 2)) == ["", ""]
+
+
+@needs_kernel
+@given(
+    rows=st.integers(1, 9),
+    vocabulary=st.integers(1, 70),
+    children=st.integers(1, 9),
+    threshold=st.sampled_from([0.0, 0.01, 0.05, 0.3, 1.1]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 2**16),
+)
+def test_likely_children_are_those_of_pytorch(rows, vocabulary, children, threshold, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    # No two are equal, also in 16 bits: PyTorch may take either of those that are.
+    logits = torch.stack([torch.randperm(vocabulary, generator=generator) for _ in range(rows)])
+    logits = (logits / 8).to(dtype)
+    parents = -torch.rand(rows, generator=generator)
+    count = min(children, vocabulary)
+    least = math.log(threshold) if threshold else -math.inf
+    log_probs, tokens = torch.log_softmax(logits, -1, dtype=torch.float32).topk(count)
+    log_probs = (log_probs + parents[:, None]).view(-1)
+    expected = (log_probs >= least).nonzero().view(-1)
+    nodes, chosen, reached = kernel.likely_children(logits, parents, count, least)
+    assert torch.equal(nodes, expected)
+    assert torch.equal(chosen, tokens.view(-1)[expected])
+    assert torch.equal(reached, log_probs[expected])
+
+
+@needs_kernel
+def test_what_is_not_a_number_is_a_likely_child():
+    logits = torch.tensor([[0.0, math.nan, 9.0, 1.0], [3.0, 1.0, 2.0, 0.0]])
+    nodes, tokens, log_probs = kernel.likely_children(logits, torch.zeros(2), 2, math.log(0.5))
+    # One makes all probabilities of its row so.
+    assert nodes.tolist() == [0, 1, 2]
+    assert len({*tokens[:2].tolist()}) == 2
+    assert log_probs.isnan().tolist() == [True, True, False]
+
+
+@needs_kernel
+@pytest.mark.parametrize(("rows", "count"), [(2, 1), (1, 0), (1, 5)])
+def test_children_that_there_cannot_be_are_refused(rows, count):
+    with pytest.raises(RuntimeError, match="likely_children: logits"):
+        kernel.likely_children(torch.zeros(1, 4), torch.zeros(rows), count, -math.inf)

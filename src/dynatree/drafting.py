@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dynatree import kernel
 from dynatree.controller import MAX_PAUSE
 from dynatree.ngram import CONFIDENCE, continuation
 from dynatree.runner import ModelRunner
@@ -39,6 +40,10 @@ class Drafter:
         self.forwards = 0
         self.observer: Observer | None = None
         self._trim = not runtime.static
+        # Of a dozen small operations per level, one remains.
+        self._fuses = (
+            self._trim and sampler is None and runner.device.type == "cpu" and kernel.available()
+        )
         self._visible = runtime.visible
         self._varies = strategy.varies
         self._rules = [_Rule(rule, runner) for rule in strategy.rules]
@@ -205,6 +210,33 @@ class Drafter:
         Returns:
             The level; None if no node stays.
         """
+        rule = self._rule
+        within = self._grown.size + len(logits) * rule.children <= rule.most
+        if self._fuses and rule.plain and within and self.observer is None:
+            nodes, tokens, log_probs = kernel.likely_children(
+                logits, parent_log_probs, rule.children, rule.lowest
+            )
+            # What is not a number is not dead either, and there may be more of it than fits.
+            if len(nodes) > width:
+                nodes, tokens, log_probs = nodes[:width], tokens[:width], log_probs[:width]
+        else:
+            nodes, tokens, log_probs = self._living(chosen, parent_log_probs, logits, width, depth)
+        if len(nodes) == 0:
+            return None
+        parents = nodes if rule.children == 1 else rule.parents.index_select(0, nodes)
+        if chosen is not None:
+            parents = chosen.index_select(0, parents)
+        return self._grown.extend(parents, tokens, log_probs)
+
+    def _living(
+        self,
+        chosen: Tensor | None,
+        parent_log_probs: Tensor,
+        logits: Tensor,
+        width: int,
+        depth: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The nodes of a level by any rule; arguments as `_extend`, result as `likely_children`."""
         tree, rule, strategy = self._grown, self._rule, self.strategy
         children = rule.children
         log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
@@ -240,14 +272,9 @@ class Drafter:
         if self.observer is not None:
             read = self._expanding(chosen)
             self.observer.offered(strategy, read, tokens, offered, kept, nodes)
-        if len(nodes) == 0:
-            return None
         if dead is not None:
             tokens, log_probs = tokens.index_select(0, nodes), log_probs.index_select(0, nodes)
-        parents = nodes if children == 1 else rule.parents.index_select(0, nodes)
-        if chosen is not None:
-            parents = chosen.index_select(0, parents)
-        return tree.extend(parents, tokens, log_probs)
+        return nodes, tokens, log_probs
 
     def _expanding(self, chosen: Tensor | None) -> Tensor:
         """The `chosen` nodes of the last level, or all of it, as indices in the tree."""
@@ -332,7 +359,9 @@ class _Rule:
         ranks: int64 [children].
         parents: int64, which of a level's expanded nodes each candidate is a child of.
         depths: int64 [max_depth + 1, n], a row for each depth, as long as one can be expanded.
-        least: [] float32, the lowest log-probability; None where there is no threshold.
+        lowest: the lowest log-probability that stays.
+        least: [] float32, the same; None where there is no threshold.
+        plain: whether nothing but threshold and budget decides which children stay.
         most: nodes that one verification may hold, the root included.
     """
 
@@ -347,7 +376,9 @@ class _Rule:
         depths = torch.arange(strategy.max_depth + 1, device=runner.device)
         self.depths = depths[:, None].repeat(1, expanded)
         # A tensor: a comparison with a number makes one each time.
+        self.lowest = strategy.min_log_prob
         self.least: Tensor | None = None
-        if strategy.min_log_prob > -math.inf:
-            self.least = torch.tensor(strategy.min_log_prob, device=runner.device)
+        if self.lowest > -math.inf:
+            self.least = torch.tensor(self.lowest, device=runner.device)
+        self.plain = type(strategy).keeps is StrategyBase.keeps
         self.most = 1 + strategy.max_nodes

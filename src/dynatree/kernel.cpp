@@ -1,20 +1,27 @@
-// states [n, in] times a weight [out, in], plus a bias, for the few rows of a verification.
+// What a decoder does on a CPU between and inside forwards of a few rows, where PyTorch's operators
+// cost more than the work in them.
 //
-// A weight is cut into panels of WIDTH outputs, which lie input by input. So it is read once, in
+// multiply_rows: states [n, in] times a weight [out, in], plus a bias. A weight is cut into panels of WIDTH outputs, which lie input by input. So it is read once, in
 // order and far enough ahead, for up to MOST rows, and while it arrives from memory those rows cost
 // no time of their own. (Register tiling as of Goto and van de Geijn, 2008; a library's product
 // copies the weight into such panels at every call, which pays for many rows only.)
 //
 // Every output is summed in the same order, whichever rows are multiplied with it: a token's values
 // do not depend on how many nodes the tree has that it is verified in.
+//
+// likely_children: the next level of a draft tree, from the draft's logits.
 
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <limits>
+#include <tuple>
 #include <utility>
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/log_softmax.h>
 #include <torch/library.h>
 
 namespace {
@@ -106,10 +113,64 @@ at::Tensor multiply(const at::Tensor& states, const at::Tensor& weight, const at
   return result;
 }
 
+// The `count` largest of `scores`, the largest first; not a number counts as larger than all.
+void largest(const float* scores, int64_t size, int64_t count, float* best, int64_t* index) {
+  for (int64_t at = 0, held = 0; at < size; ++at) {
+    const float score = scores[at];
+    if (held == count && score <= best[count - 1]) continue;
+    int64_t place = held < count ? held++ : count - 1;
+    for (; place > 0 && !(score <= best[place - 1]); --place) {
+      best[place] = best[place - 1];
+      index[place] = index[place - 1];
+    }
+    best[place] = score;
+    index[place] = at;
+  }
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> children(const at::Tensor& logits,
+                                                        const at::Tensor& parents, int64_t count,
+                                                        double least) {
+  TORCH_CHECK(logits.dim() == 2 && parents.dim() == 1 && logits.size(0) == parents.size(0) &&
+                  0 < count && count <= logits.size(1) && parents.scalar_type() == at::kFloat,
+              "dynatree::likely_children: logits ", logits.sizes(), ", log-probabilities ",
+              parents.sizes(), ", count ", count, " do not fit, or are not float32");
+  const at::Tensor scores = at::log_softmax(logits, -1, at::kFloat).contiguous();
+  const at::Tensor given = parents.contiguous();
+  const int64_t rows = scores.size(0), vocabulary = scores.size(1), most = rows * count;
+  at::Tensor nodes = at::empty({most}, scores.options().dtype(at::kLong));
+  at::Tensor tokens = at::empty_like(nodes), log_probs = at::empty({most}, scores.options());
+  const float* score = scores.const_data_ptr<float>();
+  const float* above = given.const_data_ptr<float>();
+  int64_t *node = nodes.mutable_data_ptr<int64_t>(), *token = tokens.mutable_data_ptr<int64_t>();
+  float* log_prob = log_probs.mutable_data_ptr<float>();
+  const float lowest = static_cast<float>(least);
+  int64_t kept = 0;
+  for (int64_t row = 0; row < rows; ++row) {
+    // What is kept is never ahead of what is read.
+    largest(score + row * vocabulary, vocabulary, count, log_prob + kept, token + kept);
+    for (int64_t child = 0, first = kept; child < count; ++child) {
+      const float reached = log_prob[first + child] + above[row];
+      if (reached < lowest) continue;
+      node[kept] = row * count + child;
+      token[kept] = token[first + child];
+      log_prob[kept++] = reached;
+    }
+  }
+  if (kept == most) return {nodes, tokens, log_probs};
+  return {nodes.narrow(0, 0, kept), tokens.narrow(0, 0, kept), log_probs.narrow(0, 0, kept)};
+}
+
 }  // namespace
 
 TORCH_LIBRARY(dynatree, library) {
   library.def("multiply_rows(Tensor states, Tensor weight, Tensor bias, int outputs) -> Tensor");
+  library.def(
+      "likely_children(Tensor logits, Tensor log_probs, int count, float least)"
+      " -> (Tensor, Tensor, Tensor)");
 }
 
-TORCH_LIBRARY_IMPL(dynatree, CPU, library) { library.impl("multiply_rows", &multiply); }
+TORCH_LIBRARY_IMPL(dynatree, CPU, library) {
+  library.impl("multiply_rows", &multiply);
+  library.impl("likely_children", &children);
+}

@@ -1,13 +1,14 @@
-"""The C++ product of a few rows and a weight matrix on a CPU: compiled on first use, and loaded.
+"""C++ for what a decoder does on a CPU: compiled on first use, and loaded.
 
-`kernel.cpp` says what it does. It becomes the operator `dynatree::multiply_rows` of PyTorch, which
-compiled forwards call without going through Python.
+`kernel.cpp` says what it does. Its functions become operators of PyTorch, which compiled forwards
+call without going through Python.
 """
 
 import hashlib
 import warnings
 from functools import cache
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 from filelock import FileLock
@@ -36,7 +37,7 @@ def loaded() -> bool:
 
 @cache
 def available() -> bool:
-    """Whether `multiply_rows` can be called; compiles it where this machine has not yet.
+    """Whether the operators can be called; compiles them where this machine has not yet.
 
     That takes some 10 seconds, once per version of the kernel and of PyTorch; what was made is kept
     in PyTorch's folder of extensions (TORCH_EXTENSIONS_DIR). Where it cannot be compiled, a warning
@@ -48,7 +49,7 @@ def available() -> bool:
     try:
         _load(capability)
     except Exception as error:  # PyTorch passes on what Ninja, the compiler or the disk says
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = shorten(str(error) or type(error).__name__, 200)
         warnings.warn(
             f"the CPU kernel could not be compiled ({reason}); decoding goes on without it, more "
             "slowly. It needs g++ (Debian: g++) and a folder to write to, TORCH_EXTENSIONS_DIR",
@@ -107,3 +108,23 @@ def multiply_rows(states: Tensor, weight: Tensor, bias: Tensor, outputs: int) ->
     """`states` [..., n, in] by what `panels` made of a weight and bias: [..., n, outputs]."""
     product: Tensor = torch.ops.dynatree.multiply_rows.default(states, weight, bias, outputs)
     return product
+
+
+def likely_children(
+    logits: Tensor, log_probs: Tensor, count: int, least: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The `count` most probable continuations of each node, less those below `least`.
+
+    Args:
+        logits: [w, vocabulary] after each node.
+        log_probs: float32 [w], cumulative, of each node.
+        least: lowest cumulative log-probability that stays; what is not a number stays too.
+
+    Returns:
+        int64 [m], which of the w * `count` continuations stay; int64 and float32 [m], their tokens
+        and cumulative log-probabilities.
+    """
+    nodes, tokens, reached = torch.ops.dynatree.likely_children.default(
+        logits, log_probs, count, least
+    )
+    return nodes, tokens, reached
