@@ -125,7 +125,10 @@ def test_what_cannot_be_compiled_is_told_and_done_without(failure, said, monkeyp
 
 def loaded_in(folder):
     """Compiles and uses the kernel in a new process; what it says if that fails."""
-    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(folder)}
+    # The environment is not activated: its commands are not on the path.
+    outside = [part for part in os.environ["PATH"].split(os.pathsep) if ".venv" not in part]
+    path = os.pathsep.join(outside)
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(folder), "PATH": path}
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", EXACT],
         env=environment,

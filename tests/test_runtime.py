@@ -4,6 +4,7 @@ import contextlib
 import copy
 import gc
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -178,6 +179,17 @@ def test_packed_weights_go_with_their_model():
     del model
     gc.collect()
     assert twin() is None
+
+
+@needs_kernel
+def test_nothing_is_packed_where_memory_is_short(monkeypatch):
+    model = build("llama")
+    free = sum(each.weight.nbytes for each in linears(model, nn.Linear)) - 1
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=free))
+    with pytest.warns(kernel.KernelWarning, match="no memory for rearranged weights of Llama"):
+        assert packed(model) is model
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=free + 1))
+    assert packed(model) is not model
 
 
 def test_nothing_is_packed_where_nothing_is_gained():

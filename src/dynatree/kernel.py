@@ -5,6 +5,7 @@ call without going through Python.
 """
 
 import hashlib
+import os
 import warnings
 from functools import cache
 from pathlib import Path
@@ -66,6 +67,7 @@ def available() -> bool:
 
 def _load(capability: str) -> None:
     # Costs half a second, and only a CPU needs it.
+    import ninja
     from torch.utils import cpp_extension
 
     flags = FLAGS[capability]
@@ -77,14 +79,20 @@ def _load(capability: str) -> None:
         # PyTorch's own lock is a file that outlives a process that was killed, and would be waited
         # for without end. Whoever is here is alone.
         (folder / "lock").unlink(missing_ok=True)
-        cpp_extension.load(
-            name,
-            [str(SOURCE)],
-            extra_cflags=list(flags),
-            extra_ldflags=["-fopenmp"],
-            build_directory=str(folder),
-            is_python_module=False,
-        )
+        # Where an environment is not activated, its commands are not found.
+        path = os.environ.get("PATH", "")
+        os.environ["PATH"] = os.pathsep.join((ninja.BIN_DIR, path))
+        try:
+            cpp_extension.load(
+                name,
+                [str(SOURCE)],
+                extra_cflags=list(flags),
+                extra_ldflags=["-fopenmp"],
+                build_directory=str(folder),
+                is_python_module=False,
+            )
+        finally:
+            os.environ["PATH"] = path
 
 
 def panels(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -6,8 +6,10 @@ them at the speed of the memory. `bench/forwards.py` measures both in whole forw
 """
 
 import copy
+import warnings
 import weakref
 
+import psutil
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -39,9 +41,9 @@ _PACKED: weakref.WeakKeyDictionary[PreTrainedModel, tuple[tuple[int, ...], PreTr
 def packed(model: PreTrainedModel) -> PreTrainedModel:
     """A model like `model` that shares its other tensors, with its linear layers packed.
 
-    Returns `model` itself where they cannot be: not on a CPU, no linear layer in float32, or no
-    kernel. What was made is kept for the next call; a change of the originals in place is
-    noticed, and packs anew.
+    Returns `model` itself where they cannot be: not on a CPU, no linear layer in float32, no
+    kernel, or no memory for the copies. What was made is kept for the next call; a change of the
+    originals in place is noticed, and packs anew.
     """
     linears = {
         name: module
@@ -55,6 +57,15 @@ def packed(model: PreTrainedModel) -> PreTrainedModel:
     known = _PACKED.get(model)
     if known is not None and known[0] == state:
         return known[1]
+    needed, free = sum(each.nbytes for each in copied), psutil.virtual_memory().available
+    if needed > free:
+        warnings.warn(
+            f"no memory for rearranged weights of {type(model).__name__}: {needed / 2**30:.2f} GiB "
+            f"needed, {free / 2**30:.2f} GiB free; decoding goes on without them, more slowly",
+            kernel.KernelWarning,
+            stacklevel=2,
+        )
+        return model
     # With every tensor in the memo, a deep copy is a second set of modules over the same ones.
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     twin: PreTrainedModel = copy.deepcopy(model, shared)
