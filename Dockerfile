@@ -1,7 +1,8 @@
 # The environment of the jobs: docker build --tag dynatree .
 FROM python:3.12-slim
 
-# g++ for the kernel and torch.compile on a CPU, git for the commit in each result, rsync for Snakemake's storage.
+# g++ for the kernel and torch.compile on a CPU, git for the commit in each result, rsync for
+# Snakemake's storage.
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ git rsync \
     && rm -rf /var/lib/apt/lists/*

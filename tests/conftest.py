@@ -31,6 +31,14 @@ TOOLS = {
 """What a marker needs: the command, and the packages that have it."""
 
 
+@pytest.fixture(scope="session")
+def compiled_kernel():
+    """The C++ operators, loaded; where there is a compiler, one that fails is no reason to skip."""
+    from dynatree import kernel
+
+    assert kernel.available()
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") is not None:
         import torch

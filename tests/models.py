@@ -3,13 +3,31 @@
 import copy
 from functools import cache
 
+import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import dynatree
+from dynatree import kernel
 from dynatree.packing import packed
 
 torch.set_num_threads(1)
+
+KERNEL_MARKS = (
+    pytest.mark.compiler,
+    pytest.mark.skipif(
+        torch.backends.cpu.get_cpu_capability() not in kernel.FLAGS, reason="needs AVX2"
+    ),
+)
+"""Of tests that need the C++ operators."""
+
+
+def needs_kernel(test):
+    """Marks a test that calls the C++ operators itself, and loads them for it."""
+    for mark in (*KERNEL_MARKS, pytest.mark.usefixtures("compiled_kernel")):
+        test = mark(test)
+    return test
+
 
 VOCAB = 40
 CONTEXT = 128

@@ -12,11 +12,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from models import needs_kernel
 from torch.utils import cpp_extension
 
 from dynatree import kernel
-
-needs_kernel = pytest.mark.skipif(not kernel.available(), reason="needs AVX2 and g++")
 
 EXACT = """
 import torch

@@ -8,7 +8,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from models import STRATEGIES, build, draft_of, expected, oracle, prompt, target_of
+from models import (
+    KERNEL_MARKS,
+    STRATEGIES,
+    build,
+    draft_of,
+    expected,
+    needs_kernel,
+    oracle,
+    prompt,
+    target_of,
+)
 from torch import nn
 
 import dynatree
@@ -99,9 +109,6 @@ def linears(model, kind):
     return [module for module in model.modules() if type(module) is kind]
 
 
-needs_kernel = pytest.mark.skipif(not kernel.available(), reason="needs AVX2 and g++")
-
-
 @needs_kernel
 def test_packed_layers_share_all_other_tensors_and_leave_the_model_alone():
     model = build("gpt_neox", layers=2)
@@ -131,14 +138,12 @@ def test_packed_layers_compute_the_same(family):
 
 @pytest.mark.parametrize("family", ["gpt_neox", "llama", "gpt2", "qwen2"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("kernel_there", [True, False])
+@pytest.mark.parametrize("kernel_there", [pytest.param(True, marks=KERNEL_MARKS), False])
 def test_decoding_is_lossless_with_the_kernel_and_without(
     family, strategy, kernel_there, monkeypatch
 ):
     if not kernel_there:
         monkeypatch.setattr(kernel, "available", lambda: False)
-    elif not kernel.available():
-        pytest.skip("needs AVX2 and g++")
     target = build(family, layers=2, seed=3)
     generation = dynatree.generate(
         target, draft_of(family, "noisy"), prompt(11), STRATEGIES[strategy], 24
@@ -185,10 +190,14 @@ def test_packed_weights_go_with_their_model():
 def test_nothing_is_packed_where_memory_is_short(monkeypatch):
     model = build("llama")
     free = sum(each.weight.nbytes for each in linears(model, nn.Linear)) - 1
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=free))
+    monkeypatch.setattr(
+        "psutil.virtual_memory", lambda: SimpleNamespace(available=free, total=2**34)
+    )
     with pytest.warns(kernel.KernelWarning, match="no memory for rearranged weights of Llama"):
         assert packed(model) is model
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=free + 1))
+    monkeypatch.setattr(
+        "psutil.virtual_memory", lambda: SimpleNamespace(available=free + 1, total=2**34)
+    )
     assert packed(model) is not model
 
 

@@ -375,8 +375,8 @@ class _Rule:
         self.parents = torch.arange(expanded, device=runner.device).repeat_interleave(self.children)
         depths = torch.arange(strategy.max_depth + 1, device=runner.device)
         self.depths = depths[:, None].repeat(1, expanded)
-        # A tensor: a comparison with a number makes one each time.
         self.lowest = strategy.min_log_prob
+        # A tensor: a comparison with a number makes one each time.
         self.least: Tensor | None = None
         if self.lowest > -math.inf:
             self.least = torch.tensor(self.lowest, device=runner.device)

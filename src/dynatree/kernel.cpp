@@ -1,10 +1,10 @@
 // What a decoder does on a CPU between and inside forwards of a few rows, where PyTorch's operators
 // cost more than the work in them.
 //
-// multiply_rows: states [n, in] times a weight [out, in], plus a bias. A weight is cut into panels of WIDTH outputs, which lie input by input. So it is read once, in
-// order and far enough ahead, for up to MOST rows, and while it arrives from memory those rows cost
-// no time of their own. (Register tiling as of Goto and van de Geijn, 2008; a library's product
-// copies the weight into such panels at every call, which pays for many rows only.)
+// multiply_rows: states [n, in] times a weight [out, in], plus a bias. A weight is cut into panels
+// of WIDTH outputs, which lie input by input. So it is read once, in order and far enough ahead, for
+// up to MOST rows. (Register tiling as of Goto and van de Geijn, 2008; a library's product copies
+// the weight into such panels at every call, which pays for many rows only.)
 //
 // Every output is summed in the same order, whichever rows are multiplied with it: a token's values
 // do not depend on how many nodes the tree has that it is verified in.
@@ -14,7 +14,6 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
-#include <limits>
 #include <tuple>
 #include <utility>
 

@@ -9,12 +9,11 @@ import copy
 import warnings
 import weakref
 
-import psutil
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dynatree import kernel
+from dynatree import kernel, memory
 
 
 class PackedLinear(nn.Module):
@@ -57,11 +56,11 @@ def packed(model: PreTrainedModel) -> PreTrainedModel:
     known = _PACKED.get(model)
     if known is not None and known[0] == state:
         return known[1]
-    needed, free = sum(each.nbytes for each in copied), psutil.virtual_memory().available
+    needed, free = sum(each.nbytes for each in copied), memory.available(model.device).free
     if needed > free:
         warnings.warn(
-            f"no memory for rearranged weights of {type(model).__name__}: {needed / 2**30:.2f} GiB "
-            f"needed, {free / 2**30:.2f} GiB free; decoding goes on without them, more slowly",
+            f"no memory for rearranged weights of {type(model).__name__}: {memory.gib(needed)} "
+            f"needed, {memory.gib(free)} free; decoding goes on without them, more slowly",
             kernel.KernelWarning,
             stacklevel=2,
         )
