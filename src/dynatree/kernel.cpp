@@ -31,24 +31,23 @@ constexpr int LANES = 16, MOST = 14;  // 32 registers: 14 x 2 sums, 2 of the wei
 constexpr int LANES = 8, MOST = 6;  // 16 registers: 6 x 2 sums, 2 of the weight, 1 of the state
 #endif
 constexpr int VECTORS = 2, WIDTH = VECTORS * LANES;
-constexpr int AHEAD = 16;  // inputs between what is prefetched and what is multiplied
+constexpr int LINE = 64 / sizeof(float);  // what a prefetch brings
 constexpr int64_t GRAIN = 32768;  // weights that are worth a thread
 
 typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
-// One panel by ROWS rows; `stride` lies between the rows of `out`.
+// One panel by ROWS rows; `stride` lies between the rows of `out`. From `ahead` on, which moves by
+// `step` for each input, is prefetched.
 template <int ROWS>
 void tile(const float* states, int64_t inputs, const float* panel, const float* bias, float* out,
-          int64_t stride) {
+          int64_t stride, const float* ahead, int64_t step) {
   Vector sums[ROWS][VECTORS];
   for (int row = 0; row < ROWS; ++row)
     for (int v = 0; v < VECTORS; ++v) sums[row][v] = *(const Vector*)(bias + v * LANES);
-  for (int64_t input = 0; input < inputs; ++input, panel += WIDTH) {
+  for (int64_t input = 0; input < inputs; ++input, panel += WIDTH, ahead += step) {
     Vector weights[VECTORS];
-    for (int v = 0; v < VECTORS; ++v) {
-      weights[v] = *(const Vector*)(panel + v * LANES);
-      __builtin_prefetch(panel + AHEAD * WIDTH + v * LANES);
-    }
+    for (int v = 0; v < VECTORS; ++v) weights[v] = *(const Vector*)(panel + v * LANES);
+    for (int line = 0; line < WIDTH; line += LINE) __builtin_prefetch(ahead + line);
     for (int row = 0; row < ROWS; ++row) {
       const Vector state = states[row * inputs + input] - Vector{};
       for (int v = 0; v < VECTORS; ++v) sums[row][v] += state * weights[v];
@@ -92,9 +91,13 @@ at::Tensor multiply(const at::Tensor& states, const at::Tensor& weight, const at
       for (int64_t t = 0, first = 0; t < tall; ++t) {
         // As equal as can be: a tile of few rows is waited for as long as one of many.
         const int64_t count = (rows - first + (tall - t) - 1) / (tall - t);
+        // While a panel is multiplied from the cache, the memory brings the next one: each of
+        // its tiles asks for an equal share.
+        const float* here = panel + p * inputs * WIDTH;
+        const float* ahead = here + inputs * WIDTH * (tall + t) / tall;
         const auto multiplied = [&](float* out, int64_t stride) {
-          TILES[count - 1](from + first * inputs, inputs, panel + p * inputs * WIDTH,
-                           added + p * WIDTH, out, stride);
+          TILES[count - 1](from + first * inputs, inputs, here, added + p * WIDTH, out, stride,
+                           ahead, WIDTH / tall);
         };
         float* out = to + first * outputs + p * WIDTH;
         if (columns == WIDTH) {
