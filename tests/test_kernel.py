@@ -154,6 +154,75 @@ def test_processes_that_come_together_and_one_that_was_killed_before(tmp_path, m
 
 @needs_kernel
 @given(
+    kv_heads=st.integers(1, 3),
+    shared=st.integers(1, 3),
+    rows=st.integers(1, 20),
+    slots=st.integers(1, 140),
+    size=st.integers(1, 90),
+    seed=st.integers(0, 2**16),
+)
+def test_it_is_attention(kv_heads, shared, rows, slots, size, seed):
+    generator = torch.Generator().manual_seed(seed)
+    heads, spare = kv_heads * shared, slots + 3
+    # As a model makes them of one product, and as they lie in a cache.
+    queries = torch.randn(1, rows, heads, size, generator=generator).transpose(1, 2)
+    keys, values = torch.randn(2, 1, kv_heads, spare, size, generator=generator)[..., :slots, :]
+    mask = torch.rand(1, 1, rows, slots, generator=generator) < 0.6
+    mask[..., 0] = True
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        queries.double(),
+        keys.double().repeat_interleave(shared, dim=1),
+        values.double().repeat_interleave(shared, dim=1),
+        attn_mask=mask,
+        scale=0.3,
+    )
+    attended = kernel.attend(queries, keys, values, mask, 0.3)
+    torch.testing.assert_close(attended.double(), expected.transpose(1, 2), rtol=1e-4, atol=1e-5)
+
+
+@needs_kernel
+def test_a_row_attends_alike_whatever_is_beside_it_and_hidden_from_it():
+    queries, keys, values = torch.randn(1, 2, 5, 12), *torch.randn(2, 1, 2, 40, 12)
+    mask = torch.rand(1, 1, 5, 40) < 0.5
+    mask[..., 0] = True
+    whole = kernel.attend(queries, keys, values, mask, 1.0)
+    for row in range(5):
+        seen = mask[0, 0, row]
+        alone = kernel.attend(
+            queries[:, :, row : row + 1],
+            keys[:, :, seen],
+            values[:, :, seen],
+            mask[:, :, row : row + 1, seen],
+            1.0,
+        )
+        assert torch.equal(alone[:, 0], whole[:, row])
+
+
+@needs_kernel
+def test_what_is_not_a_number_is_told_where_it_is_seen():
+    queries, keys, values = torch.randn(1, 1, 2, 8), *torch.randn(2, 1, 1, 9, 8)
+    keys[0, 0, 5, 3] = math.nan
+    mask = torch.ones(1, 1, 2, 9, dtype=torch.bool)
+    mask[0, 0, 0, 5] = False
+    attended = kernel.attend(queries, keys, values, mask, 1.0)
+    assert attended.isnan().any(dim=-1).view(-1).tolist() == [False, True]
+
+
+@needs_kernel
+@pytest.mark.parametrize("wrong", ["batch", "heads", "size", "mask", "mask_dtype", "dtype"])
+def test_attention_that_does_not_fit_is_refused(wrong):
+    shape = (2 if wrong == "batch" else 1, 3 if wrong == "heads" else 4, 5, 8)
+    queries = torch.randn(shape, dtype=torch.float64 if wrong == "dtype" else torch.float32)
+    keys, values = torch.randn(2, 1, 2, 9, 7 if wrong == "size" else 8)
+    mask = torch.ones(1, 1, 5, 8 if wrong == "mask" else 9, dtype=torch.bool)
+    if wrong == "mask_dtype":
+        mask = mask.long()
+    with pytest.raises(RuntimeError, match=r"dynatree::attend: .* do not fit, or are not float32"):
+        kernel.attend(queries, keys, values, mask, 1.0)
+
+
+@needs_kernel
+@given(
     rows=st.integers(1, 9),
     vocabulary=st.integers(1, 70),
     children=st.integers(1, 9),

@@ -22,7 +22,7 @@ from models import (
 from torch import nn
 
 import dynatree
-from dynatree import kernel
+from dynatree import attention, kernel
 from dynatree.errors import DecodeError
 from dynatree.packing import _PACKED, PackedLinear, packed
 from dynatree.runner import ModelRunner
@@ -174,6 +174,57 @@ def test_dropout_is_left_out_where_it_does_nothing(training):
     model = build("gpt_neox", layers=1).train(training)
     assert len(linears(model, nn.Dropout)) > 0
     assert (len(linears(packed(model), nn.Dropout)) > 0) == training
+
+
+@needs_kernel
+@pytest.mark.parametrize("family", ["gpt_neox", "llama", "gpt2", "qwen2"])
+def test_attention_is_ours_where_it_was_sdpa(family):
+    model, plain = build(family, layers=2), build(family, layers=2, attention="eager")
+    assert packed(model).config._attn_implementation == attention.NAME
+    assert packed(plain).config._attn_implementation == "eager"
+    assert model.config._attn_implementation == "sdpa"
+    ids, mask = prompt(6)[None], torch.ones(6, 6, dtype=torch.bool).tril()
+    # Siblings.
+    mask[4, 3] = mask[5, 3] = False
+    with torch.inference_mode():
+        expected, given = (
+            each(ids, attention_mask=mask[None, None]).logits for each in (model, packed(model))
+        )
+    torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-4)
+
+
+@needs_kernel
+def test_attention_of_a_model_that_does_not_exchange_it_stays(monkeypatch):
+    model = build("gpt_neox")
+    monkeypatch.setattr(type(model), "_supports_attention_backend", False)
+    assert packed(model).config._attn_implementation == "sdpa"
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    "case", ["bool", "no mask", "numbers", "dropout", "position_bias", "softcap"]
+)
+def test_attention_that_ours_does_not_do_is_left_to_sdpa(case, monkeypatch):
+    query, key, value = torch.randn(3, 1, 2, 4, 8)
+    mask = None if case == "no mask" else torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
+    if case == "numbers":
+        mask = torch.where(mask, 0.0, -1e9)
+    options = {
+        "dropout": {"dropout": 1.0},
+        "softcap": {"softcap": 30.0},
+        "position_bias": {"position_bias": torch.full((1, 2, 4, 4), 2.0).tril()},
+    }.get(case, {})
+    module = build("gpt_neox").gpt_neox.layers[0].attention
+    calls = []
+    monkeypatch.setattr(kernel, "attend", lambda *given: calls.append(given))
+    if case == "softcap":
+        with pytest.raises(ValueError, match="softcap"):
+            attention.attend(module, query, key, value, mask, **options)
+    else:
+        output, _ = attention.attend(module, query, key, value, mask, **options)
+        assert (output is None) == (case == "bool")
+        assert case != "dropout" or not output.any()
+    assert len(calls) == (case == "bool")
 
 
 @needs_kernel

@@ -9,6 +9,10 @@
 // Every output is summed in the same order, whichever rows are multiplied with it: a token's values
 // do not depend on how many nodes the tree has that it is verified in.
 //
+// attend: attention of a few rows with a mask that hides most of what they drafted. Here too a row
+// does not depend on the others, nor on what is hidden from it: the slots that it sees are summed in
+// their order, as if there were no others.
+//
 // likely_children: the next level of a draft tree, from the draft's logits.
 
 #include <algorithm>
@@ -16,8 +20,11 @@
 #include <cstdint>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include <ATen/Parallel.h>
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/log_softmax.h>
@@ -115,6 +122,106 @@ at::Tensor multiply(const at::Tensor& states, const at::Tensor& weight, const at
   return result;
 }
 
+using Floats = at::vec::Vectorized<float>;
+
+const auto plus = [](Floats& a, Floats& b) { return a + b; };
+
+// The scores of one query with the keys of `COUNT` slots: several, so that the processor need not
+// wait for one sum.
+template <int COUNT>
+void scored(const float* query, const float* keys, int64_t stride, const int64_t* seen,
+            int64_t size, float scale, float* scores) {
+  const float* key[COUNT];
+  Vector sums[COUNT];
+  for (int k = 0; k < COUNT; ++k) {
+    key[k] = keys + seen[k] * stride;
+    sums[k] = Vector{};
+  }
+  int64_t i = 0;
+  for (; i + LANES <= size; i += LANES)
+    for (int k = 0; k < COUNT; ++k) sums[k] += *(const Vector*)(query + i) * *(const Vector*)(key[k] + i);
+  for (int k = 0; k < COUNT; ++k) {
+    float score = at::vec::vec_reduce_all<float>(plus, Floats(sums[k]));
+    for (int64_t rest = i; rest < size; ++rest) score += query[rest] * key[k][rest];
+    scores[k] = score * scale;
+  }
+}
+
+// `COUNT` vectors of the values of `seen`, weighted and summed.
+template <int COUNT>
+void weighted(const float* weights, const float* values, int64_t stride, const int64_t* seen,
+              int64_t count, float factor, float* out) {
+  Vector sums[COUNT];
+  for (int v = 0; v < COUNT; ++v) sums[v] = Vector{};
+  for (int64_t at = 0; at < count; ++at) {
+    const float* value = values + seen[at] * stride;
+    const Vector weight = weights[at] - Vector{};
+    for (int v = 0; v < COUNT; ++v) sums[v] += weight * *(const Vector*)(value + v * LANES);
+  }
+  for (int v = 0; v < COUNT; ++v) *(Vector*)(out + v * LANES) = sums[v] * factor;
+}
+
+at::Tensor attend(const at::Tensor& queries, const at::Tensor& keys, const at::Tensor& values,
+                  const at::Tensor& mask, double scale) {
+  const auto fits = [](const at::Tensor& tensor) {
+    return tensor.dim() == 4 && tensor.size(0) == 1 && tensor.scalar_type() == at::kFloat &&
+           tensor.stride(3) == 1;
+  };
+  TORCH_CHECK(fits(queries) && fits(keys) && fits(values) && keys.sizes() == values.sizes() &&
+                  queries.size(3) == keys.size(3) && queries.size(1) % keys.size(1) == 0 &&
+                  mask.scalar_type() == at::kBool && mask.numel() == queries.size(2) * keys.size(2),
+              "dynatree::attend: queries ", queries.sizes(), ", keys ", keys.sizes(), ", values ",
+              values.sizes(), ", mask ", mask.sizes(), " do not fit, or are not float32 and bool");
+  const int64_t heads = queries.size(1), rows = queries.size(2), size = queries.size(3);
+  const int64_t slots = keys.size(2), shared = heads / keys.size(1), whole = size - size % LANES;
+  at::Tensor result = at::empty({1, rows, heads, size}, queries.options());
+  const at::Tensor shown = mask.contiguous();
+  const bool* shows = shown.const_data_ptr<bool>();
+  // The slots that each row sees.
+  std::vector<int64_t> seen(rows * slots), counts(rows);
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t slot = 0; slot < slots; ++slot)
+      if (shows[row * slots + slot]) seen[row * slots + counts[row]++] = slot;
+  const int64_t query_stride = queries.stride(2), key_stride = keys.stride(2),
+                value_stride = values.stride(2);
+  const int64_t worth = 1 + GRAIN / (slots * size);
+  at::parallel_for(0, heads * rows, worth, [&](int64_t begin, int64_t end) {
+    std::vector<float> scores(slots);
+    for (int64_t each = begin; each < end; ++each) {
+      const int64_t head = each / rows, row = each % rows, count = counts[row];
+      const int64_t* see = seen.data() + row * slots;
+      const float* key = keys.const_data_ptr<float>() + head / shared * keys.stride(1);
+      const float* value = values.const_data_ptr<float>() + head / shared * values.stride(1);
+      float* weights = scores.data();
+      const float* query =
+          queries.const_data_ptr<float>() + head * queries.stride(1) + row * query_stride;
+      int64_t at = 0;
+      for (; at + 4 <= count; at += 4)
+        scored<4>(query, key, key_stride, see + at, size, scale, weights + at);
+      for (; at < count; ++at) scored<1>(query, key, key_stride, see + at, size, scale, weights + at);
+      const float top = at::vec::reduce_all<float>(
+          [](Floats& a, Floats& b) { return at::vec::maximum(a, b); }, weights, count);
+      at::vec::map([top](Floats score) { return (score - Floats(top)).exp(); }, weights, weights,
+                   count);
+      const float factor = 1.0f / at::vec::reduce_all<float>(plus, weights, count);
+      float* out = result.mutable_data_ptr<float>() + (row * heads + head) * size;
+      int64_t i = 0;
+      for (; i + 8 * LANES <= whole; i += 8 * LANES)
+        weighted<8>(weights, value + i, value_stride, see, count, factor, out + i);
+      for (; i + 4 * LANES <= whole; i += 4 * LANES)
+        weighted<4>(weights, value + i, value_stride, see, count, factor, out + i);
+      for (; i < whole; i += LANES)
+        weighted<1>(weights, value + i, value_stride, see, count, factor, out + i);
+      for (; i < size; ++i) {
+        float sum = 0.0f;
+        for (at = 0; at < count; ++at) sum += weights[at] * value[see[at] * value_stride + i];
+        out[i] = sum * factor;
+      }
+    }
+  });
+  return result;
+}
+
 // The `count` largest of `scores`, the largest first; not a number counts as larger than all.
 void largest(const float* scores, int64_t size, int64_t count, float* best, int64_t* index) {
   for (int64_t at = 0, held = 0; at < size; ++at) {
@@ -168,11 +275,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> children(const at::Tensor& logits
 TORCH_LIBRARY(dynatree, library) {
   library.def("multiply_rows(Tensor states, Tensor weight, Tensor bias, int outputs) -> Tensor");
   library.def(
+      "attend(Tensor queries, Tensor keys, Tensor values, Tensor mask, float scale) -> Tensor");
+  library.def(
       "likely_children(Tensor logits, Tensor log_probs, int count, float least)"
       " -> (Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(dynatree, CPU, library) {
   library.impl("multiply_rows", &multiply);
+  library.impl("attend", &attend);
   library.impl("likely_children", &children);
 }

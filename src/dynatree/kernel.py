@@ -17,9 +17,17 @@ from torch import Tensor
 
 SOURCE = Path(__file__).with_name("kernel.cpp")
 
+_INSTRUCTIONS = {"AVX512": ("avx512f", "avx512dq", "avx512bw", "avx512vl"), "AVX2": ("avx2",)}
 FLAGS = {
-    "AVX512": ("-O3", "-mavx512f", "-mfma", "-fopenmp"),
-    "AVX2": ("-O3", "-mavx2", "-mfma", "-fopenmp"),
+    capability: (
+        "-O3",
+        *(f"-m{part}" for part in parts),
+        "-mfma",
+        "-fopenmp",
+        f"-DCPU_CAPABILITY={capability}",
+        f"-DCPU_CAPABILITY_{capability}",
+    )
+    for capability, parts in _INSTRUCTIONS.items()
 }
 """How to compile for a processor, by what PyTorch calls its instructions."""
 
@@ -61,6 +69,10 @@ def available() -> bool:
     torch.library.register_fake(
         "dynatree::multiply_rows",
         lambda states, weight, bias, outputs: states.new_empty((*states.shape[:-1], outputs)),
+    )
+    torch.library.register_fake(
+        "dynatree::attend",
+        lambda queries, keys, values, mask, scale: queries.transpose(1, 2).contiguous(),
     )
     return True
 
@@ -116,6 +128,20 @@ def multiply_rows(states: Tensor, weight: Tensor, bias: Tensor, outputs: int) ->
     """`states` [..., n, in] by what `panels` made of a weight and bias: [..., n, outputs]."""
     product: Tensor = torch.ops.dynatree.multiply_rows.default(states, weight, bias, outputs)
     return product
+
+
+def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Attention of n tokens to those of m slots that `mask` [1, 1, n, m] shows each of them.
+
+    Args:
+        queries: float32 [1, heads, n, head_size].
+        keys, values: float32 [1, kv_heads, m, head_size].
+
+    Returns:
+        [1, n, heads, head_size]; not a number where a token is shown nothing.
+    """
+    attended: Tensor = torch.ops.dynatree.attend.default(queries, keys, values, mask, scale)
+    return attended
 
 
 def likely_children(

@@ -1,4 +1,4 @@
-"""Linear layers of a float32 model on rearranged weights, for decoding on a CPU.
+"""A float32 model as decoding on a CPU wants it: rearranged weights, attention for tree masks.
 
 A verification multiplies a few rows by each weight matrix, and reading the weights is what takes
 time. A library's product rearranges them at every call; here that is done once, and `kernel` reads
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dynatree import kernel, memory
+from dynatree import attention, kernel, memory
 
 
 class PackedLinear(nn.Module):
@@ -40,7 +40,9 @@ _PACKED: weakref.WeakKeyDictionary[PreTrainedModel, tuple[tuple[int, ...], PreTr
 def packed(model: PreTrainedModel) -> PreTrainedModel:
     """A model like `model` that shares its other tensors, with its linear layers packed.
 
-    Returns `model` itself where they cannot be: not on a CPU, no linear layer in float32, no
+    Where Transformers lets attention be exchanged, its `sdpa` is, for `attention.attend`.
+
+    Returns `model` itself where nothing can be packed: not on a CPU, no linear layer in float32, no
     kernel, or no memory for the copies. What was made is kept for the next call; a change of the
     originals in place is noticed, and packs anew.
     """
@@ -74,5 +76,7 @@ def packed(model: PreTrainedModel) -> PreTrainedModel:
         # Calling what does nothing takes a thirtieth of an eager forward.
         if type(module) is nn.Dropout and not module.training:
             twin.set_submodule(name, nn.Identity())
+    if twin._supports_attention_backend and twin.config._attn_implementation == "sdpa":
+        twin.set_attn_implementation(attention.NAME)
     _PACKED[model] = state, twin
     return twin

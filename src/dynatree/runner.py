@@ -45,7 +45,8 @@ class ModelRunner:
         self._call = runtime.callable(self._prefill)
         # The eager implementation adds its mask to the scores. SDPA takes booleans too, but on a
         # CPU turns them into numbers in every layer anew.
-        self._additive = attention == "eager" or self.device.type == "cpu"
+        used = self._prefill.config.get_text_config()._attn_implementation
+        self._additive = used == "eager" or (used == "sdpa" and self.device.type == "cpu")
         self._shown = torch.zeros((), dtype=self.dtype, device=self.device)
         self._hidden = torch.full_like(self._shown, torch.finfo(self.dtype).min)
         # Padding rows may stand beyond the context, where there is no embedding to look up.

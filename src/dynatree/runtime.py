@@ -20,9 +20,15 @@ SLOT_BUCKETS = {True: 256, False: 64}
 """Attention reads a multiple of this many KV slots, where shapes are static and where not."""
 
 
-# The code that Inductor generates for a CPU brings an OpenMP runtime of its own. With threads, its
-# waiting ones would spin on the cores that PyTorch's matrix products want.
-_INDUCTOR: dict[str, str | int | bool | Callable[..., Any]] = {"cpp.threads": 1}
+_INDUCTOR: dict[str, str | int | bool | Callable[..., Any]] = {
+    # The code that Inductor generates for a CPU brings an OpenMP runtime of its own. With threads,
+    # its waiting ones would spin on the cores that PyTorch's matrix products want.
+    "cpp.threads": 1,
+    # Some 200 checks of a call's shapes take as long as a tenth of it; all calls have one form.
+    "size_asserts": False,
+    "alignment_asserts": False,
+    "scalar_asserts": False,
+}
 
 
 @dataclass
