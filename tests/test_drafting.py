@@ -114,13 +114,18 @@ def test_pruning_drops_exactly_what_is_below_the_threshold(family, threshold):
 def test_pruning_and_budget_apply_when_a_child_is_added(monkeypatch):
     """What a final selection would drop is never stored and never read by the draft."""
     added = []
-    extend = DraftTree.extend
 
-    def recording(self, *level):
-        added.append(level[-1].tolist())
-        return extend(self, *level)
+    def recorded(add):
+        def recording(self, *given):
+            level = add(self, *given)
+            added.append(level.log_probs.tolist())
+            return level
 
-    monkeypatch.setattr(DraftTree, "extend", recording)
+        return recording
+
+    # With the kernel, and without.
+    for name in ("placed", "extend"):
+        monkeypatch.setattr(DraftTree, name, recorded(getattr(DraftTree, name)))
     decode("llama", dynatree.Tree(depth=5, branch_factor=4, prune_threshold=0.03))
     assert sum(map(len, added)) > 50
     assert all(log_prob >= math.log(0.03) for level in added for log_prob in level)

@@ -16,10 +16,12 @@ from models import needs_kernel
 from torch.utils import cpp_extension
 
 from dynatree import kernel
+from dynatree.tree import DraftTree
 
 EXACT = """
 import torch
 from dynatree import kernel
+from dynatree.tree import DraftTree
 assert kernel.available()
 generator = torch.Generator().manual_seed(0)
 for outputs, inputs in ((1, 1), (16, 8), (33, 7), (100, 130)):
@@ -221,44 +223,85 @@ def test_attention_that_does_not_fit_is_refused(wrong):
         kernel.attend(queries, keys, values, mask, 1.0)
 
 
+def grown(tree, logits, chosen, count, least, width, budget):
+    """A level of `tree` by the kernel."""
+    start = tree.level.start
+    appended = kernel.grow_level(
+        logits, chosen, start, tree.size, count, least, width, budget, tree.tensors
+    )
+    return tree.placed(appended) if appended else None
+
+
+def tree_of(root=0, capacity=60):
+    tree = DraftTree(capacity, torch.device("cpu"))
+    tree.plant(torch.tensor([root]))
+    return tree
+
+
 @needs_kernel
 @given(
-    rows=st.integers(1, 9),
-    vocabulary=st.integers(1, 70),
-    children=st.integers(1, 9),
-    threshold=st.sampled_from([0.0, 0.01, 0.05, 0.3, 1.1]),
+    vocabulary=st.integers(2, 40),
+    children=st.integers(1, 4),
+    threshold=st.sampled_from([0.0, 0.01, 0.05, 0.3]),
+    width=st.integers(1, 12),
+    budget=st.integers(2, 40),
+    some=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     seed=st.integers(0, 2**16),
 )
-def test_likely_children_are_those_of_pytorch(rows, vocabulary, children, threshold, dtype, seed):
+def test_levels_are_those_of_pytorch(
+    vocabulary, children, threshold, width, budget, some, dtype, seed
+):
     generator = torch.Generator().manual_seed(seed)
-    # No two are equal, also in 16 bits: PyTorch may take either of those that are.
-    logits = torch.stack([torch.randperm(vocabulary, generator=generator) for _ in range(rows)])
-    logits = (logits / 8).to(dtype)
-    parents = -torch.rand(rows, generator=generator)
     count = min(children, vocabulary)
     least = math.log(threshold) if threshold else -math.inf
-    log_probs, tokens = torch.log_softmax(logits, -1, dtype=torch.float32).topk(count)
-    log_probs = (log_probs + parents[:, None]).view(-1)
-    expected = (log_probs >= least).nonzero().view(-1)
-    nodes, chosen, reached = kernel.likely_children(logits, parents, count, least)
-    assert torch.equal(nodes, expected)
-    assert torch.equal(chosen, tokens.view(-1)[expected])
-    assert torch.equal(reached, log_probs[expected])
+    tree, other = tree_of(), tree_of()
+    chosen, above = None, other.first(1).log_probs
+    for _ in range(4):
+        # No two are equal, also in 16 bits: PyTorch may take either of those that are.
+        rows = len(above)
+        logits = torch.stack([torch.randperm(vocabulary, generator=generator) for _ in range(rows)])
+        logits = (logits / 8 + torch.rand(rows, 1, generator=generator)).to(dtype)
+        log_probs, tokens = torch.log_softmax(logits, -1, dtype=torch.float32).topk(count)
+        log_probs = (log_probs + above[:, None]).view(-1)
+        stays = log_probs >= least
+        if other.size + len(log_probs) > budget:
+            stays &= log_probs >= other.known(log_probs).topk(budget).values[-1]
+        nodes = stays.nonzero().view(-1)[:width]
+        level = grown(tree, logits, chosen, count, least, width, budget)
+        assert (level is None) == (len(nodes) == 0)
+        if level is None:
+            break
+        parents = nodes // count if chosen is None else chosen[nodes // count]
+        other.extend(parents, tokens.view(-1)[nodes], log_probs[nodes])
+        assert torch.equal(level.tokens, tokens.view(-1)[nodes])
+        above = log_probs[nodes]
+        chosen = torch.arange(0, len(above), 2) if some else None
+        above = above if chosen is None else above[chosen]
+    for each in (tree, other):
+        each.join()
+    rows, expected = tree.first(tree.size), other.first(other.size)
+    assert tree.deepest == other.deepest
+    for name in ("tokens", "parents", "depths", "log_probs", "attends"):
+        assert torch.equal(getattr(rows, name), getattr(expected, name)), name
 
 
 @needs_kernel
 def test_what_is_not_a_number_is_a_likely_child():
-    logits = torch.tensor([[0.0, math.nan, 9.0, 1.0], [3.0, 1.0, 2.0, 0.0]])
-    nodes, tokens, log_probs = kernel.likely_children(logits, torch.zeros(2), 2, math.log(0.5))
-    # One makes all probabilities of its row so.
-    assert nodes.tolist() == [0, 1, 2]
-    assert len({*tokens[:2].tolist()}) == 2
-    assert log_probs.isnan().tolist() == [True, True, False]
+    logits = torch.tensor([[0.0, math.nan, 9.0, 1.0]])
+    for budget in (9, 2):
+        level = grown(tree_of(), logits, None, 2, math.log(0.5), 9, budget)
+        # One makes all probabilities of its row so.
+        assert len({*level.tokens.tolist()}) == 2
+        assert level.log_probs.isnan().all()
 
 
 @needs_kernel
-@pytest.mark.parametrize(("rows", "count"), [(2, 1), (1, 0), (1, 5)])
-def test_children_that_there_cannot_be_are_refused(rows, count):
-    with pytest.raises(RuntimeError, match="likely_children: logits"):
-        kernel.likely_children(torch.zeros(1, 4), torch.zeros(rows), count, -math.inf)
+@pytest.mark.parametrize(
+    ("rows", "chosen", "count", "capacity"),
+    [(1, None, 0, 9), (1, None, 5, 9), (2, None, 1, 9), (1, [0, 0], 1, 9), (1, None, 3, 3)],
+)
+def test_levels_that_there_cannot_be_are_refused(rows, chosen, count, capacity):
+    chosen = None if chosen is None else torch.tensor(chosen)
+    with pytest.raises(RuntimeError, match="grow_level: logits"):
+        grown(tree_of(capacity=capacity), torch.zeros(rows, 4), chosen, count, 0.0, 9, 9)

@@ -40,7 +40,7 @@ class Drafter:
         self.forwards = 0
         self.observer: Observer | None = None
         self._trim = not runtime.static
-        # Of a dozen small operations per level, one remains.
+        # Of a dozen small operations per level, and as many per tree, one per level remains.
         self._fuses = (
             self._trim and sampler is None and runner.device.type == "cpu" and kernel.available()
         )
@@ -210,23 +210,27 @@ class Drafter:
         Returns:
             The level; None if no node stays.
         """
-        rule = self._rule
-        within = self._grown.size + len(logits) * rule.children <= rule.most
-        if self._fuses and rule.plain and within and self.observer is None:
-            nodes, tokens, log_probs = kernel.likely_children(
-                logits, parent_log_probs, rule.children, rule.lowest
+        tree, rule = self._grown, self._rule
+        if self._fuses and rule.plain and self.observer is None:
+            count = kernel.grow_level(
+                logits,
+                chosen,
+                tree.level.start,
+                tree.size,
+                rule.children,
+                rule.lowest,
+                width,
+                rule.most,
+                tree.tensors,
             )
-            # What is not a number is not dead either, and there may be more of it than fits.
-            if len(nodes) > width:
-                nodes, tokens, log_probs = nodes[:width], tokens[:width], log_probs[:width]
-        else:
-            nodes, tokens, log_probs = self._living(chosen, parent_log_probs, logits, width, depth)
+            return tree.placed(count) if count > 0 else None
+        nodes, tokens, log_probs = self._living(chosen, parent_log_probs, logits, width, depth)
         if len(nodes) == 0:
             return None
         parents = nodes if rule.children == 1 else rule.parents.index_select(0, nodes)
         if chosen is not None:
             parents = chosen.index_select(0, parents)
-        return self._grown.extend(parents, tokens, log_probs)
+        return tree.extend(parents, tokens, log_probs)
 
     def _living(
         self,
@@ -236,7 +240,12 @@ class Drafter:
         width: int,
         depth: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The nodes of a level by any rule; arguments as `_extend`, result as `likely_children`."""
+        """The nodes of a level by any rule; arguments as `_extend`.
+
+        Returns:
+            int64 [m], which of the w * children continuations stay; int64 and float32 [m], their
+            tokens and cumulative log-probabilities.
+        """
         tree, rule, strategy = self._grown, self._rule, self.strategy
         children = rule.children
         log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)

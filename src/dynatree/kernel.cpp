@@ -13,12 +13,14 @@
 // does not depend on the others, nor on what is hidden from it: the slots that it sees are summed in
 // their order, as if there were no others.
 //
-// likely_children: the next level of a draft tree, from the draft's logits.
+// grow_level: the next level of a draft tree, from the draft's logits.
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstdint>
-#include <tuple>
+#include <limits>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -26,7 +28,6 @@
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/log_softmax.h>
 #include <torch/library.h>
 
@@ -237,37 +238,63 @@ void largest(const float* scores, int64_t size, int64_t count, float* best, int6
   }
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> children(const at::Tensor& logits,
-                                                        const at::Tensor& parents, int64_t count,
-                                                        double least) {
-  TORCH_CHECK(logits.dim() == 2 && parents.dim() == 1 && logits.size(0) == parents.size(0) &&
-                  0 < count && count <= logits.size(1) && parents.scalar_type() == at::kFloat,
-              "dynatree::likely_children: logits ", logits.sizes(), ", log-probabilities ",
-              parents.sizes(), ", count ", count, " do not fit, or are not float32");
+int64_t grow_level(const at::Tensor& logits, const std::optional<at::Tensor>& chosen, int64_t above,
+                   int64_t size, int64_t count, double least, int64_t width, int64_t budget,
+                   const at::Tensor& tokens, const at::Tensor& parents, const at::Tensor& depths,
+                   const at::Tensor& log_probs, const at::Tensor& attends) {
+  const int64_t rows = logits.size(0), vocabulary = logits.size(-1), capacity = tokens.numel();
+  const auto holds = [&](const at::Tensor& tensor, at::ScalarType type, int64_t columns) {
+    return tensor.scalar_type() == type && tensor.numel() == capacity * columns &&
+           tensor.is_contiguous();
+  };
+  TORCH_CHECK(logits.dim() == 2 && 0 < count && count <= vocabulary && 0 < budget && 0 <= above &&
+                  above + (chosen ? 1 : rows) <= size && (!chosen || chosen->numel() == rows) &&
+                  size + std::min(width, rows * count) < capacity &&
+                  holds(tokens, at::kLong, 1) && holds(parents, at::kLong, 1) &&
+                  holds(depths, at::kLong, 1) && holds(log_probs, at::kFloat, 1) &&
+                  holds(attends, at::kBool, capacity + 1),
+              "dynatree::grow_level: logits ", logits.sizes(), ", count ", count, ", nodes ", size,
+              " of ", capacity, " do not fit");
   const at::Tensor scores = at::log_softmax(logits, -1, at::kFloat).contiguous();
-  const at::Tensor given = parents.contiguous();
-  const int64_t rows = scores.size(0), vocabulary = scores.size(1), most = rows * count;
-  at::Tensor nodes = at::empty({most}, scores.options().dtype(at::kLong));
-  at::Tensor tokens = at::empty_like(nodes), log_probs = at::empty({most}, scores.options());
+  const at::Tensor read = chosen ? chosen->contiguous() : at::Tensor();
   const float* score = scores.const_data_ptr<float>();
-  const float* above = given.const_data_ptr<float>();
-  int64_t *node = nodes.mutable_data_ptr<int64_t>(), *token = tokens.mutable_data_ptr<int64_t>();
+  int64_t *token = tokens.mutable_data_ptr<int64_t>(), *parent = parents.mutable_data_ptr<int64_t>(),
+          *depth = depths.mutable_data_ptr<int64_t>();
   float* log_prob = log_probs.mutable_data_ptr<float>();
+  bool* attend = attends.mutable_data_ptr<bool>();
+  std::vector<int64_t> from(rows), found(rows * count);
+  // The probabilities of the nodes that there are, and after them those of the candidates.
+  std::vector<float> reached(log_prob, log_prob + size);
+  reached.resize(size + rows * count);
+  for (int64_t row = 0; row < rows; ++row) {
+    from[row] = above + (chosen ? read.const_data_ptr<int64_t>()[row] : row);
+    float* best = reached.data() + size + row * count;
+    largest(score + row * vocabulary, vocabulary, count, best, found.data() + row * count);
+    for (int64_t child = 0; child < count; ++child) best[child] += log_prob[from[row]];
+  }
+  float over = -std::numeric_limits<float>::infinity();
+  if (size + rows * count > budget) {
+    // What a final selection would drop is not grown any further.
+    std::vector<float> all = reached;
+    std::nth_element(all.begin(), all.begin() + (budget - 1), all.end(), [](float a, float b) {
+      return a > b || (std::isnan(a) && !std::isnan(b));
+    });
+    over = all[budget - 1];
+  }
   const float lowest = static_cast<float>(least);
   int64_t kept = 0;
-  for (int64_t row = 0; row < rows; ++row) {
-    // What is kept is never ahead of what is read.
-    largest(score + row * vocabulary, vocabulary, count, log_prob + kept, token + kept);
-    for (int64_t child = 0, first = kept; child < count; ++child) {
-      const float reached = log_prob[first + child] + above[row];
-      if (reached < lowest) continue;
-      node[kept] = row * count + child;
-      token[kept] = token[first + child];
-      log_prob[kept++] = reached;
-    }
+  for (int64_t each = 0; each < rows * count && kept < width; ++each) {
+    const float value = reached[size + each];
+    if (value < lowest || value < over) continue;
+    const int64_t node = size + kept++, before = from[each / count];
+    token[node] = found[each];
+    parent[node] = before;
+    depth[node] = depth[before] + 1;
+    log_prob[node] = value;
+    std::copy_n(attend + before * (capacity + 1), capacity + 1, attend + node * (capacity + 1));
+    attend[node * (capacity + 1) + 1 + node] = true;
   }
-  if (kept == most) return {nodes, tokens, log_probs};
-  return {nodes.narrow(0, 0, kept), tokens.narrow(0, 0, kept), log_probs.narrow(0, 0, kept)};
+  return kept;
 }
 
 }  // namespace
@@ -277,12 +304,13 @@ TORCH_LIBRARY(dynatree, library) {
   library.def(
       "attend(Tensor queries, Tensor keys, Tensor values, Tensor mask, float scale) -> Tensor");
   library.def(
-      "likely_children(Tensor logits, Tensor log_probs, int count, float least)"
-      " -> (Tensor, Tensor, Tensor)");
+      "grow_level(Tensor logits, Tensor? chosen, int above, int size, int count, float least,"
+      " int width, int budget, Tensor(a!) tokens, Tensor(b!) parents, Tensor(c!) depths,"
+      " Tensor(d!) log_probs, Tensor(e!) attends) -> int");
 }
 
 TORCH_LIBRARY_IMPL(dynatree, CPU, library) {
   library.impl("multiply_rows", &multiply);
   library.impl("attend", &attend);
-  library.impl("likely_children", &children);
+  library.impl("grow_level", &grow_level);
 }

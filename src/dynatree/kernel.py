@@ -144,21 +144,36 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: f
     return attended
 
 
-def likely_children(
-    logits: Tensor, log_probs: Tensor, count: int, least: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The `count` most probable continuations of each node, less those below `least`.
+def grow_level(
+    logits: Tensor,
+    chosen: Tensor | None,
+    above: int,
+    size: int,
+    count: int,
+    least: float,
+    width: int,
+    budget: int,
+    tree: tuple[Tensor, ...],
+) -> int:
+    """Appends the most probable continuations of a level's nodes to a tree.
+
+    Those below `least` are left out, and those that a selection of the `budget` most probable
+    nodes would leave out; what is not a number stays.
 
     Args:
-        logits: [w, vocabulary] after each node.
-        log_probs: float32 [w], cumulative, of each node.
-        least: lowest cumulative log-probability that stays; what is not a number stays too.
+        logits: [w, vocabulary], the draft's after each node.
+        chosen: int64 [w], which of the level's nodes these are; None for its first w.
+        above: index of the level's first node.
+        size: nodes of the tree.
+        count: continuations of each node.
+        least: lowest cumulative log-probability.
+        width: most nodes to append.
+        tree: the tensors of a `DraftTree`, see `DraftTree.tensors`.
 
     Returns:
-        int64 [m], which of the w * `count` continuations stay; int64 and float32 [m], their tokens
-        and cumulative log-probabilities.
+        Nodes appended.
     """
-    nodes, tokens, reached = torch.ops.dynatree.likely_children.default(
-        logits, log_probs, count, least
+    appended: int = torch.ops.dynatree.grow_level.default(
+        logits, chosen, above, size, count, least, width, budget, *tree
     )
-    return nodes, tokens, reached
+    return appended

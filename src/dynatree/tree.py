@@ -14,7 +14,7 @@ class Level(NamedTuple):
         start: index of the first of them.
         tokens: [m] int64.
         log_probs: [m] float32, cumulative.
-        parents: [m] int64, indices in the level above.
+        parents: [m] int64, indices in the level above, or of a level that was `placed` in the tree.
         attends: [m, capacity + 2] bool, who the nodes may attend to; see `DraftTree.columns`.
     """
 
@@ -78,6 +78,14 @@ class DraftTree:
         root = self.first(1)
         self._root = Level(0, root.tokens, root.log_probs, root.parents, root.attends)
         self._levels: list[Level] = []
+        # Whether the levels are views of the tensors, and nothing is left for `join` to do.
+        self._placed = False
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Tokens, parents, depths, log-probabilities and who attends to whom, as `placed` needs
+        them: a node's row of the last is its parent's, and itself at column 1 + its index."""
+        return self.tokens, self.parents, self.depths, self.log_probs, self._attends
 
     def first(self, count: int) -> "Rows":
         """The first `count` rows."""
@@ -92,6 +100,24 @@ class DraftTree:
         self._root.tokens.copy_(token)
         self.size, self.deepest = 1, 0
         self._levels.clear()
+        self._placed = False
+
+    def placed(self, count: int) -> Level:
+        """Takes the next `count` rows of `tensors`, which were written there, for the next level.
+
+        All levels of a tree come in this way, or by `extend`.
+        """
+        level = slice(self.size, self.size + count)
+        placed = Level(
+            self.size,
+            self.tokens[level],
+            self.log_probs[level],
+            self.parents[level],
+            self._attends[level],
+        )
+        self._levels.append(placed)
+        self.size, self._placed = level.stop, True
+        return placed
 
     def extend(self, parents: Tensor, tokens: Tensor, log_probs: Tensor) -> Level:
         """Appends a level; the tree's own tensors have it after `join`.
@@ -100,8 +126,7 @@ class DraftTree:
             parents: [m] int64, indices in the level above, which for the first is the root alone.
             tokens, log_probs: int64 and float32 [m], the latter cumulative.
         """
-        above = self._levels[-1] if self._levels else self._root
-        attends = above.attends.index_select(0, parents)
+        attends = self.level.attends.index_select(0, parents)
         attends.diagonal(1 + self.size).fill_(True)
         level = Level(self.size, tokens, log_probs, parents, attends)
         self._levels.append(level)
@@ -109,9 +134,14 @@ class DraftTree:
         return level
 
     @property
+    def level(self) -> Level:
+        """The last level."""
+        return self._levels[-1] if self._levels else self._root
+
+    @property
     def last(self) -> Tensor:
         """[m] int64, the nodes of the last level."""
-        return self.indices[(self._levels[-1] if self._levels else self._root).start : self.size]
+        return self.indices[self.level.start : self.size]
 
     def known(self, log_probs: Tensor) -> Tensor:
         """Log-probabilities of all nodes so far, and after them `log_probs` [m]."""
@@ -122,7 +152,7 @@ class DraftTree:
         """Writes all levels since `plant` to the tensors."""
         levels = self._levels
         self.deepest = len(levels)
-        if levels:
+        if levels and not self._placed:
             rows, numbers = self.first(self.size), self._numbers
             sizes = [len(level.tokens) for level in levels]
             torch.cat([level.tokens for level in levels], out=rows.drafted_tokens)
