@@ -16,11 +16,13 @@ from models import needs_kernel
 from torch.utils import cpp_extension
 
 from dynatree import kernel
+from dynatree.accept import accept_greedy
 from dynatree.tree import DraftTree
 
 EXACT = """
 import torch
 from dynatree import kernel
+from dynatree.accept import accept_greedy
 from dynatree.tree import DraftTree
 assert kernel.available()
 generator = torch.Generator().manual_seed(0)
@@ -305,3 +307,55 @@ def test_levels_that_there_cannot_be_are_refused(rows, chosen, count, capacity):
     chosen = None if chosen is None else torch.tensor(chosen)
     with pytest.raises(RuntimeError, match="grow_level: logits"):
         grown(tree_of(capacity=capacity), torch.zeros(rows, 4), chosen, count, 0.0, 9, 9)
+
+
+@needs_kernel
+@given(rows=st.integers(1, 40), vocabulary=st.integers(1, 4), seed=st.integers(0, 2**16))
+def test_the_walk_is_that_of_static_shapes(rows, vocabulary, seed):
+    generator = torch.Generator().manual_seed(seed)
+    tree = tree_of()
+    # Siblings hold different tokens.
+    children = {}
+    for node in range(1, rows):
+        parent = int(torch.randint(node, (), generator=generator))
+        token = len(children.setdefault(parent, []))
+        children[parent].append(node)
+        tree.tokens[node], tree.parents[node] = token, parent
+        tree.ancestors[node] = tree.ancestors[parent]
+        tree.ancestors[node, node] = True
+    tree.size = rows
+    choices = torch.randint(vocabulary, (rows,), generator=generator)
+    expected = accept_greedy(tree, choices, rows, static=True)
+    accepted = accept_greedy(tree, choices, rows, static=False)
+    count = int(expected.count)
+    assert int(accepted.count) == len(accepted.path) == len(accepted.tokens) == count
+    assert torch.equal(accepted.path, expected.path[:count])
+    assert torch.equal(accepted.tokens, expected.tokens[:count])
+    assert torch.equal(kernel.walk(tree.tokens, tree.parents, choices), accepted.path)
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_slots_are_moved_as_if_at_once(dtype):
+    storage = torch.randn(3, 2, 1, 2, 9, 5).to(dtype)
+    sources, destinations = torch.tensor([4, 2, 8]), torch.tensor([2, 3, 4])
+    expected = storage.index_copy(-2, destinations, storage.index_select(-2, sources))
+    kernel.move_slots(storage, sources, destinations)
+    assert torch.equal(storage, expected)
+
+
+@needs_kernel
+@pytest.mark.parametrize(("sources", "destinations"), [([9], [0]), ([0], [-1]), ([0, 1], [2])])
+def test_slots_that_there_are_not_are_refused(sources, destinations):
+    with pytest.raises(RuntimeError, match="move_slots: storage"):
+        kernel.move_slots(torch.zeros(2, 9, 4), torch.tensor(sources), torch.tensor(destinations))
+
+
+@needs_kernel
+@pytest.mark.parametrize("wrong", ["short", "none", "dtype"])
+def test_walks_that_do_not_fit_are_refused(wrong):
+    tokens, choices = torch.zeros(2, 5, dtype=torch.long)
+    choices = choices[:0] if wrong == "none" else choices
+    choices = choices.int() if wrong == "dtype" else choices
+    with pytest.raises(RuntimeError, match="dynatree::walk: tokens"):
+        kernel.walk(tokens, tokens[:4] if wrong == "short" else tokens, choices)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dynatree import kernel
 from dynatree.tree import DraftTree
 
 
@@ -43,6 +44,10 @@ def accept_greedy(tree: DraftTree, choices: Tensor, longest: int, static: bool) 
     count = len(choices)
     if count == 1:
         return Accepted(torch.zeros_like(choices), choices, torch.ones_like(choices))
+    if not static and choices.device.type == "cpu" and kernel.available():
+        path = kernel.walk(tree.tokens, tree.parents, choices)
+        number = tree.indices[len(path) : len(path) + 1]
+        return Accepted(path, choices.index_select(0, path), number)
     rows = tree.first(count)
     refused = choices.index_select(0, rows.drafted_parents) != rows.drafted_tokens
     accepted = (rows.drafted_ancestors & refused).any(dim=-1).logical_not_()

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 from transformers import Cache, StaticLayer
 
+from dynatree import kernel
 from dynatree.errors import DecodeError
 
 
@@ -113,7 +114,11 @@ class SlotCache(Cache):
 
     def gather(self, sources: Tensor, destinations: Tensor) -> None:
         """Moves the entries of the slots `sources` [k] to `destinations` [k], in every layer."""
-        if self.storage is not None:
+        if self.storage is None:
+            return
+        if self.storage.device.type == "cpu" and kernel.available():
+            kernel.move_slots(self.storage, sources, destinations)
+        else:
             # The selection copies, so overlapping slots are safe.
             moved = self.storage.index_select(-2, sources)
             self.storage.index_copy_(-2, destinations, moved)

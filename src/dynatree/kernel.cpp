@@ -13,7 +13,8 @@
 // does not depend on the others, nor on what is hidden from it: the slots that it sees are summed in
 // their order, as if there were no others.
 //
-// grow_level: the next level of a draft tree, from the draft's logits.
+// grow_level: the next level of a draft tree, from the draft's logits. walk: the path that the target
+// takes through it. move_slots: the path's keys and values, to where they belong.
 
 #include <algorithm>
 #include <array>
@@ -297,6 +298,51 @@ int64_t grow_level(const at::Tensor& logits, const std::optional<at::Tensor>& ch
   return kept;
 }
 
+at::Tensor walk(const at::Tensor& tokens, const at::Tensor& parents, const at::Tensor& choices) {
+  const int64_t rows = choices.numel();
+  for (const at::Tensor* each : {&tokens, &parents, &choices})
+    TORCH_CHECK(each->dim() == 1 && each->scalar_type() == at::kLong && each->is_contiguous() &&
+                    0 < rows && rows <= each->numel(),
+                "dynatree::walk: tokens ", tokens.sizes(), ", parents ", parents.sizes(),
+                ", choices ", choices.sizes(), " do not fit, or are not int64");
+  const int64_t *token = tokens.const_data_ptr<int64_t>(),
+                *parent = parents.const_data_ptr<int64_t>(),
+                *choice = choices.const_data_ptr<int64_t>();
+  std::vector<int64_t> path{0};
+  // A parent comes before its children, so what is on the path already is not looked at again.
+  for (int64_t node = 1; node < rows; ++node)
+    if (parent[node] == path.back() && token[node] == choice[path.back()]) path.push_back(node);
+  at::Tensor result = at::empty({static_cast<int64_t>(path.size())}, choices.options());
+  std::copy(path.begin(), path.end(), result.mutable_data_ptr<int64_t>());
+  return result;
+}
+
+void move_slots(const at::Tensor& storage, const at::Tensor& sources,
+                const at::Tensor& destinations) {
+  const int64_t count = sources.numel(), slots = storage.size(-2);
+  const auto lie_in = [&](const at::Tensor& places) {
+    const int64_t* place = places.const_data_ptr<int64_t>();
+    return std::all_of(place, place + count, [&](int64_t p) { return 0 <= p && p < slots; });
+  };
+  TORCH_CHECK(storage.is_contiguous() && sources.is_contiguous() && destinations.is_contiguous() &&
+                  destinations.numel() == count && lie_in(sources) && lie_in(destinations),
+              "dynatree::move_slots: storage ", storage.sizes(), ", sources ", sources.sizes(),
+              ", destinations ", destinations.sizes(), " do not fit");
+  const int64_t bytes = storage.size(-1) * storage.element_size();
+  const int64_t *from = sources.const_data_ptr<int64_t>(),
+                *to = destinations.const_data_ptr<int64_t>();
+  std::vector<char> moved(count * bytes);
+  char* entries = static_cast<char*>(storage.mutable_data_ptr());
+  for (int64_t left = storage.numel() / (slots * storage.size(-1)); left > 0; --left) {
+    // All are read before one is written: slots may overlap.
+    for (int64_t k = 0; k < count; ++k)
+      std::copy_n(entries + from[k] * bytes, bytes, moved.data() + k * bytes);
+    for (int64_t k = 0; k < count; ++k)
+      std::copy_n(moved.data() + k * bytes, bytes, entries + to[k] * bytes);
+    entries += slots * bytes;
+  }
+}
+
 }  // namespace
 
 TORCH_LIBRARY(dynatree, library) {
@@ -307,10 +353,14 @@ TORCH_LIBRARY(dynatree, library) {
       "grow_level(Tensor logits, Tensor? chosen, int above, int size, int count, float least,"
       " int width, int budget, Tensor(a!) tokens, Tensor(b!) parents, Tensor(c!) depths,"
       " Tensor(d!) log_probs, Tensor(e!) attends) -> int");
+  library.def("walk(Tensor tokens, Tensor parents, Tensor choices) -> Tensor");
+  library.def("move_slots(Tensor(a!) storage, Tensor sources, Tensor destinations) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(dynatree, CPU, library) {
   library.impl("multiply_rows", &multiply);
   library.impl("attend", &attend);
   library.impl("grow_level", &grow_level);
+  library.impl("walk", &walk);
+  library.impl("move_slots", &move_slots);
 }

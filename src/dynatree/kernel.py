@@ -177,3 +177,19 @@ def grow_level(
         logits, chosen, above, size, count, least, width, budget, *tree
     )
     return appended
+
+
+def walk(tokens: Tensor, parents: Tensor, choices: Tensor) -> Tensor:
+    """The nodes of a tree that the target takes from the root on, as [m]; node 0 is the root.
+
+    Args:
+        tokens, parents: int64 [n] or more; a parent comes before its children.
+        choices: int64 [n], the target's choice after each node.
+    """
+    path: Tensor = torch.ops.dynatree.walk.default(tokens, parents, choices)
+    return path
+
+
+def move_slots(storage: Tensor, sources: Tensor, destinations: Tensor) -> None:
+    """Copies `storage` [..., slots, size] at the slots `sources` [k] to `destinations` [k]."""
+    torch.ops.dynatree.move_slots.default(storage, sources, destinations)
