@@ -41,6 +41,8 @@ constexpr int LANES = 8, MOST = 6;  // 16 registers: 6 x 2 sums, 2 of the weight
 #endif
 constexpr int VECTORS = 2, WIDTH = VECTORS * LANES;
 constexpr int LINE = 64 / sizeof(float);  // what a prefetch brings
+// Inputs between what one tile multiplies and what it prefetches; 0 for a whole panel.
+constexpr int AHEAD = LANES == 16 ? 16 : 0;
 constexpr int64_t GRAIN = 32768;  // weights that are worth a thread
 
 typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -103,7 +105,8 @@ at::Tensor multiply(const at::Tensor& states, const at::Tensor& weight, const at
         // While a panel is multiplied from the cache, the memory brings the next one: each of
         // its tiles asks for an equal share.
         const float* here = panel + p * inputs * WIDTH;
-        const float* ahead = here + inputs * WIDTH * (tall + t) / tall;
+        const float* ahead = tall == 1 && AHEAD > 0 ? here + AHEAD * WIDTH
+                                                    : here + inputs * WIDTH * (tall + t) / tall;
         const auto multiplied = [&](float* out, int64_t stride) {
           TILES[count - 1](from + first * inputs, inputs, here, added + p * WIDTH, out, stride,
                            ahead, WIDTH / tall);
