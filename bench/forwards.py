@@ -1,4 +1,4 @@
-"""What a target forward of n rows costs, by runtime, and by whose product its linear layers use.
+"""What a target forward of n rows costs, by runtime, and by whose product and attention it uses.
 
 For CPUs: on CUDA nothing is packed, and `roofline.py` times the captured phases.
 """

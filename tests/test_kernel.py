@@ -22,8 +22,6 @@ from dynatree.tree import DraftTree
 EXACT = """
 import torch
 from dynatree import kernel
-from dynatree.accept import accept_greedy
-from dynatree.tree import DraftTree
 assert kernel.available()
 generator = torch.Generator().manual_seed(0)
 for outputs, inputs in ((1, 1), (16, 8), (33, 7), (100, 130)):
@@ -208,6 +206,7 @@ def test_what_is_not_a_number_is_told_where_it_is_seen():
     keys[0, 0, 5, 3] = math.nan
     mask = torch.ones(1, 1, 2, 9, dtype=torch.bool)
     mask[0, 0, 0, 5] = False
+    assert kernel.attend(queries, keys, values, ~mask & mask, 1.0).isnan().all()
     attended = kernel.attend(queries, keys, values, mask, 1.0)
     assert attended.isnan().any(dim=-1).view(-1).tolist() == [False, True]
 
@@ -307,6 +306,13 @@ def test_levels_that_there_cannot_be_are_refused(rows, chosen, count, capacity):
     chosen = None if chosen is None else torch.tensor(chosen)
     with pytest.raises(RuntimeError, match="grow_level: logits"):
         grown(tree_of(capacity=capacity), torch.zeros(rows, 4), chosen, count, 0.0, 9, 9)
+
+
+@needs_kernel
+@pytest.mark.parametrize("chosen", [-1, 1])
+def test_a_node_that_the_level_has_not_is_refused(chosen):
+    with pytest.raises(RuntimeError, match=f"grow_level: no node {chosen} in the level"):
+        grown(tree_of(), torch.zeros(1, 4), torch.tensor([chosen]), 2, 0.0, 9, 9)
 
 
 @needs_kernel

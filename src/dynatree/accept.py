@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dynatree import kernel
-from dynatree.tree import DraftTree
+from dynatree.tree import DraftTree, Rows
 
 
 @dataclass(frozen=True)
@@ -44,22 +44,25 @@ def accept_greedy(tree: DraftTree, choices: Tensor, longest: int, static: bool) 
     count = len(choices)
     if count == 1:
         return Accepted(torch.zeros_like(choices), choices, torch.ones_like(choices))
-    if not static and choices.device.type == "cpu" and kernel.available():
-        path = kernel.walk(tree.tokens, tree.parents, choices)
-        number = tree.indices[len(path) : len(path) + 1]
-        return Accepted(path, choices.index_select(0, path), number)
     rows = tree.first(count)
-    refused = choices.index_select(0, rows.drafted_parents) != rows.drafted_tokens
-    accepted = (rows.drafted_ancestors & refused).any(dim=-1).logical_not_()
     if static:
         # A padding row is not even its own ancestor.
-        accepted &= rows.living
+        accepted = _accepted(rows, choices) & rows.living
         path = torch.where(accepted, rows.indices, count - 1).sort().values[:longest]
         number = accepted.sum(dim=0, keepdim=True)
     else:
-        path = accepted.nonzero().view(-1)
+        if kernel.serves(choices.device):
+            path = kernel.walk(rows.tokens, rows.parents, choices)
+        else:
+            path = _accepted(rows, choices).nonzero().view(-1)
         number = tree.indices[len(path) : len(path) + 1]
     return Accepted(path, choices.index_select(0, path), number)
+
+
+def _accepted(rows: Rows, choices: Tensor) -> Tensor:
+    """[n] bool, which nodes are, like all their ancestors, what the target chooses."""
+    refused = choices.index_select(0, rows.drafted_parents) != rows.drafted_tokens
+    return (rows.drafted_ancestors & refused).any(dim=-1).logical_not_()
 
 
 def ranks_and_children(tree: DraftTree, path: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -37,13 +37,13 @@ def attend(
         key, value: [1, kv_heads, m, head_size].
         attention_mask: [1, 1, n, m].
     """
-    plain = not any(options.get(name) for name in ("dropout", "softcap"))
-    plain = plain and options.get("position_bias") is None
-    if attention_mask is None or attention_mask.dtype != torch.bool or not plain:
-        output, _ = sdpa_attention_forward(
+    changed = any(options.get(name) for name in ("dropout", "softcap"))
+    changed = changed or options.get("position_bias") is not None
+    if attention_mask is None or attention_mask.dtype != torch.bool or changed:
+        attended: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **options
         )
-        return output, None
+        return attended
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return kernel.attend(query, key, value, attention_mask, scale), None
 

@@ -116,7 +116,7 @@ class SlotCache(Cache):
         """Moves the entries of the slots `sources` [k] to `destinations` [k], in every layer."""
         if self.storage is None:
             return
-        if self.storage.device.type == "cpu" and kernel.available():
+        if kernel.serves(self.storage.device):
             kernel.move_slots(self.storage, sources, destinations)
         else:
             # The selection copies, so overlapping slots are safe.

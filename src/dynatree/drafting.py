@@ -41,9 +41,7 @@ class Drafter:
         self.observer: Observer | None = None
         self._trim = not runtime.static
         # Of a dozen small operations per level, and as many per tree, one per level remains.
-        self._fuses = (
-            self._trim and sampler is None and runner.device.type == "cpu" and kernel.available()
-        )
+        self._fuses = self._trim and sampler is None and kernel.serves(runner.device)
         self._visible = runtime.visible
         self._varies = strategy.varies
         self._rules = [_Rule(rule, runner) for rule in strategy.rules]

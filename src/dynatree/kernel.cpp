@@ -144,7 +144,8 @@ void scored(const float* query, const float* keys, int64_t stride, const int64_t
   }
   int64_t i = 0;
   for (; i + LANES <= size; i += LANES)
-    for (int k = 0; k < COUNT; ++k) sums[k] += *(const Vector*)(query + i) * *(const Vector*)(key[k] + i);
+    for (int k = 0; k < COUNT; ++k)
+      sums[k] += *(const Vector*)(query + i) * *(const Vector*)(key[k] + i);
   for (int k = 0; k < COUNT; ++k) {
     float score = at::vec::vec_reduce_all<float>(plus, Floats(sums[k]));
     for (int64_t rest = i; rest < size; ++rest) score += query[rest] * key[k][rest];
@@ -166,6 +167,33 @@ void weighted(const float* weights, const float* values, int64_t stride, const i
   for (int v = 0; v < COUNT; ++v) *(Vector*)(out + v * LANES) = sums[v] * factor;
 }
 
+// One query with the `count` slots of `seen`, in one head; `weights` has room for as many numbers.
+void attend_row(const float* query, const float* keys, int64_t key_stride, const float* values,
+                int64_t value_stride, const int64_t* seen, int64_t count, int64_t size, float scale,
+                float* weights, float* out) {
+  int64_t at = 0;
+  for (; at + 4 <= count; at += 4)
+    scored<4>(query, keys, key_stride, seen + at, size, scale, weights + at);
+  for (; at < count; ++at)
+    scored<1>(query, keys, key_stride, seen + at, size, scale, weights + at);
+  const float top = at::vec::reduce_all<float>(
+      [](Floats& a, Floats& b) { return at::vec::maximum(a, b); }, weights, count);
+  at::vec::map([top](Floats score) { return (score - Floats(top)).exp(); }, weights, weights, count);
+  const float factor = 1.0f / at::vec::reduce_all<float>(plus, weights, count);
+  int64_t i = 0;
+  for (; i + 8 * LANES <= size; i += 8 * LANES)
+    weighted<8>(weights, values + i, value_stride, seen, count, factor, out + i);
+  for (; i + 4 * LANES <= size; i += 4 * LANES)
+    weighted<4>(weights, values + i, value_stride, seen, count, factor, out + i);
+  for (; i + LANES <= size; i += LANES)
+    weighted<1>(weights, values + i, value_stride, seen, count, factor, out + i);
+  for (; i < size; ++i) {
+    float sum = 0.0f;
+    for (at = 0; at < count; ++at) sum += weights[at] * values[seen[at] * value_stride + i];
+    out[i] = sum * factor;
+  }
+}
+
 at::Tensor attend(const at::Tensor& queries, const at::Tensor& keys, const at::Tensor& values,
                   const at::Tensor& mask, double scale) {
   const auto fits = [](const at::Tensor& tensor) {
@@ -178,7 +206,7 @@ at::Tensor attend(const at::Tensor& queries, const at::Tensor& keys, const at::T
               "dynatree::attend: queries ", queries.sizes(), ", keys ", keys.sizes(), ", values ",
               values.sizes(), ", mask ", mask.sizes(), " do not fit, or are not float32 and bool");
   const int64_t heads = queries.size(1), rows = queries.size(2), size = queries.size(3);
-  const int64_t slots = keys.size(2), shared = heads / keys.size(1), whole = size - size % LANES;
+  const int64_t slots = keys.size(2), shared = heads / keys.size(1);
   at::Tensor result = at::empty({1, rows, heads, size}, queries.options());
   const at::Tensor shown = mask.contiguous();
   const bool* shows = shown.const_data_ptr<bool>();
@@ -187,41 +215,20 @@ at::Tensor attend(const at::Tensor& queries, const at::Tensor& keys, const at::T
   for (int64_t row = 0; row < rows; ++row)
     for (int64_t slot = 0; slot < slots; ++slot)
       if (shows[row * slots + slot]) seen[row * slots + counts[row]++] = slot;
-  const int64_t query_stride = queries.stride(2), key_stride = keys.stride(2),
-                value_stride = values.stride(2);
+  const float* query = queries.const_data_ptr<float>();
+  const float* key = keys.const_data_ptr<float>();
+  const float* value = values.const_data_ptr<float>();
+  float* out = result.mutable_data_ptr<float>();
   const int64_t worth = 1 + GRAIN / (slots * size);
   at::parallel_for(0, heads * rows, worth, [&](int64_t begin, int64_t end) {
-    std::vector<float> scores(slots);
+    std::vector<float> weights(slots);
     for (int64_t each = begin; each < end; ++each) {
-      const int64_t head = each / rows, row = each % rows, count = counts[row];
-      const int64_t* see = seen.data() + row * slots;
-      const float* key = keys.const_data_ptr<float>() + head / shared * keys.stride(1);
-      const float* value = values.const_data_ptr<float>() + head / shared * values.stride(1);
-      float* weights = scores.data();
-      const float* query =
-          queries.const_data_ptr<float>() + head * queries.stride(1) + row * query_stride;
-      int64_t at = 0;
-      for (; at + 4 <= count; at += 4)
-        scored<4>(query, key, key_stride, see + at, size, scale, weights + at);
-      for (; at < count; ++at) scored<1>(query, key, key_stride, see + at, size, scale, weights + at);
-      const float top = at::vec::reduce_all<float>(
-          [](Floats& a, Floats& b) { return at::vec::maximum(a, b); }, weights, count);
-      at::vec::map([top](Floats score) { return (score - Floats(top)).exp(); }, weights, weights,
-                   count);
-      const float factor = 1.0f / at::vec::reduce_all<float>(plus, weights, count);
-      float* out = result.mutable_data_ptr<float>() + (row * heads + head) * size;
-      int64_t i = 0;
-      for (; i + 8 * LANES <= whole; i += 8 * LANES)
-        weighted<8>(weights, value + i, value_stride, see, count, factor, out + i);
-      for (; i + 4 * LANES <= whole; i += 4 * LANES)
-        weighted<4>(weights, value + i, value_stride, see, count, factor, out + i);
-      for (; i < whole; i += LANES)
-        weighted<1>(weights, value + i, value_stride, see, count, factor, out + i);
-      for (; i < size; ++i) {
-        float sum = 0.0f;
-        for (at = 0; at < count; ++at) sum += weights[at] * value[see[at] * value_stride + i];
-        out[i] = sum * factor;
-      }
+      const int64_t head = each / rows, row = each % rows;
+      attend_row(query + head * queries.stride(1) + row * queries.stride(2),
+                 key + head / shared * keys.stride(1), keys.stride(2),
+                 value + head / shared * values.stride(1), values.stride(2),
+                 seen.data() + row * slots, counts[row], size, scale, weights.data(),
+                 out + (row * heads + head) * size);
     }
   });
   return result;
@@ -261,6 +268,7 @@ int64_t grow_level(const at::Tensor& logits, const std::optional<at::Tensor>& ch
               " of ", capacity, " do not fit");
   const at::Tensor scores = at::log_softmax(logits, -1, at::kFloat).contiguous();
   const at::Tensor read = chosen ? chosen->contiguous() : at::Tensor();
+  const int64_t* which = chosen ? read.const_data_ptr<int64_t>() : nullptr;
   const float* score = scores.const_data_ptr<float>();
   int64_t *token = tokens.mutable_data_ptr<int64_t>(), *parent = parents.mutable_data_ptr<int64_t>(),
           *depth = depths.mutable_data_ptr<int64_t>();
@@ -271,7 +279,9 @@ int64_t grow_level(const at::Tensor& logits, const std::optional<at::Tensor>& ch
   std::vector<float> reached(log_prob, log_prob + size);
   reached.resize(size + rows * count);
   for (int64_t row = 0; row < rows; ++row) {
-    from[row] = above + (chosen ? read.const_data_ptr<int64_t>()[row] : row);
+    from[row] = above + (which ? which[row] : row);
+    TORCH_CHECK(above <= from[row] && from[row] < size, "dynatree::grow_level: no node ",
+                from[row] - above, " in the level");
     float* best = reached.data() + size + row * count;
     largest(score + row * vocabulary, vocabulary, count, best, found.data() + row * count);
     for (int64_t child = 0; child < count; ++child) best[child] += log_prob[from[row]];

@@ -17,12 +17,14 @@ from torch import Tensor
 
 SOURCE = Path(__file__).with_name("kernel.cpp")
 
-_INSTRUCTIONS = {"AVX512": ("avx512f", "avx512dq", "avx512bw", "avx512vl"), "AVX2": ("avx2",)}
+_INSTRUCTIONS = {
+    "AVX512": ("avx512f", "avx512dq", "avx512bw", "avx512vl", "fma"),
+    "AVX2": ("avx2", "fma"),
+}
 FLAGS = {
     capability: (
         "-O3",
         *(f"-m{part}" for part in parts),
-        "-mfma",
         "-fopenmp",
         f"-DCPU_CAPABILITY={capability}",
         f"-DCPU_CAPABILITY_{capability}",
@@ -36,7 +38,7 @@ WIDTH = {"AVX512": 32, "AVX2": 16}
 
 
 class KernelWarning(UserWarning):
-    """Linear layers stay as slow as PyTorch's are, for want of the kernel."""
+    """Decoding stays as slow as with PyTorch's operators, for want of the kernel."""
 
 
 def loaded() -> bool:
@@ -75,6 +77,11 @@ def available() -> bool:
         lambda queries, keys, values, mask, scale: queries.transpose(1, 2).contiguous(),
     )
     return True
+
+
+def serves(device: torch.device) -> bool:
+    """Whether tensors on `device` can be given to the operators; see `available`."""
+    return device.type == "cpu" and available()
 
 
 def _load(capability: str) -> None:

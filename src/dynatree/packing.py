@@ -51,7 +51,7 @@ def packed(model: PreTrainedModel) -> PreTrainedModel:
         for name, module in model.named_modules()
         if type(module) is nn.Linear and module.weight.dtype == torch.float32
     }
-    if not linears or model.device.type != "cpu" or not kernel.available():
+    if not linears or not kernel.serves(model.device):
         return model
     copied = [tensor for linear in linears.values() for tensor in linear.parameters()]
     state = (*(each.data_ptr() for each in copied), *(each._version for each in copied))
