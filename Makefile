@@ -22,9 +22,10 @@ plan: .venv/run
 	dynatree plan
 
 # Everything that a change must pass, quickest first.
-# A file's tests stay in one process, because they share what is costly to make.
+# A file's tests stay in one process, because they share what is costly to make; files in the
+# order of tests/conftest.py.
 test: check
-	pytest -n logical --maxprocesses 4 --dist loadfile
+	pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 check: .venv/test
 	ruff check .

@@ -477,7 +477,7 @@ exec {python} "$@"
 """
 
 
-def until(condition, seconds=100):
+def until(condition, seconds=300):
     """Waits for `condition`; what it returns."""
     end = time.monotonic() + seconds
     while not (found := condition()):

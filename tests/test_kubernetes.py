@@ -63,7 +63,7 @@ class PretendCluster(ThreadingHTTPServer):
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            timeout=100,
+            timeout=900,
         )
         self.ended[name] = (done.returncode, done.stdout)
 

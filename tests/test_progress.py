@@ -121,7 +121,7 @@ def test_behind_tee_the_terminal_is_drawn_to_and_the_log_stays_plain(tmp_path):
         ["bash", "-c", f"exec 3>&1; {sys.executable} {job} 2>&1 | tee {log} > /dev/null"],
         stdout=slave,
         env=os.environ | {"PYTHONPATH": str(SRC), "TERM": "xterm", "COLUMNS": "80"},
-        timeout=60,
+        timeout=300,
         check=True,
     )
     os.close(slave)

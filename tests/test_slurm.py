@@ -63,11 +63,11 @@ class Pipeline:
                 pytest.fail(f"ended before a measurement ran:\n{self.output()}")
             return [job for job in self.cluster.running("measure") if job != but]
 
-        return wait_for(running, "a measurement", self.cluster, 100)[0]
+        return wait_for(running, "a measurement", self.cluster, 300)[0]
 
     def finish(self) -> int:
         try:
-            return self.process.wait(timeout=120)
+            return self.process.wait(timeout=900)
         except subprocess.TimeoutExpired:
             self.process.kill()
             pytest.fail(self.output()[-4000:])

@@ -81,6 +81,16 @@ def test_a_subpackage_brings_the_packages_above_it(package):
     ]
 
 
+def test_with_a_module_comes_the_cpp_file_of_its_name(package):
+    folder = package(a="import dynatree.b", b="")
+    for name in ("a", "b", "c"):
+        (folder / f"{name}.cpp").write_text("import dynatree.c")
+    assert names(folder / "a.py") == ["dynatree/__init__.py", "dynatree/b.cpp", "dynatree/b.py"]
+    before = source_digest(folder / "a.py")
+    (folder / "b.cpp").write_text("")
+    assert source_digest(folder / "a.py") != before
+
+
 def test_a_measurement_needs_the_engine_and_no_table():
     found = stems("measure.py")
     assert found >= {"measure", "decode", "tree", "runner", "cache", "strategies", "results"}

@@ -116,7 +116,7 @@ def node(expression):
         input=embedded(page_data(records())),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         encoding="utf-8",
     )
     assert done.returncode == 0, done.stderr
