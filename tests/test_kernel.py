@@ -24,7 +24,7 @@ import torch
 from dynatree import kernel
 assert kernel.available()
 generator = torch.Generator().manual_seed(0)
-for outputs, inputs in ((1, 1), (16, 8), (33, 7), (100, 130)):
+for outputs, inputs in ((1, 1), (16, 8), (33, 7), (100, 130), (40, 1024)):
     for rows in (1, 5, 6, 7, 13, 14, 15, 40):
         # Sums of small whole numbers are exact in any order.
         weight, bias, states = (
@@ -58,9 +58,10 @@ def test_it_is_the_product(rows, inputs, outputs, biased, seed):
 
 
 @needs_kernel
-def test_a_row_is_the_same_whatever_is_multiplied_with_it():
-    weight, bias = kernel.panels(torch.randn(70, 300), torch.randn(70))
-    states = torch.randn(1, 50, 300)
+@pytest.mark.parametrize("inputs", [300, 1024])
+def test_a_row_is_the_same_whatever_is_multiplied_with_it(inputs):
+    weight, bias = kernel.panels(torch.randn(70, inputs), torch.randn(70))
+    states = torch.randn(1, 50, inputs)
     whole = kernel.multiply_rows(states, weight, bias, 70)
     for first, count in ((0, 1), (3, 1), (0, 13), (5, 14), (20, 30), (49, 1)):
         part = states[:, first : first + count]

@@ -21,6 +21,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <numeric>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -41,17 +42,19 @@ constexpr int LANES = 8, MOST = 6;  // 16 registers: 6 x 2 sums, 2 of the weight
 #endif
 constexpr int VECTORS = 2, WIDTH = VECTORS * LANES;
 constexpr int LINE = 64 / sizeof(float);  // what a prefetch brings
+constexpr int64_t PAGE = 4096 / sizeof(float);  // inputs after which a place in a cache recurs
+constexpr int64_t WAYS = 10;  // how many may share that place before it costs more than a copy
 // Inputs between what one tile multiplies and what it prefetches; 0 for a whole panel.
 constexpr int AHEAD = LANES == 16 ? 16 : 0;
 constexpr int64_t GRAIN = 32768;  // weights that are worth a thread
 
 typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
-// One panel by ROWS rows; `stride` lies between the rows of `out`. From `ahead` on, which moves by
-// `step` for each input, is prefetched.
+// One panel by ROWS rows; `apart` lies between the rows of `states`, `stride` between those of `out`.
+// From `ahead` on, which moves by `step` for each input, is prefetched.
 template <int ROWS>
-void tile(const float* states, int64_t inputs, const float* panel, const float* bias, float* out,
-          int64_t stride, const float* ahead, int64_t step) {
+void tile(const float* states, int64_t apart, int64_t inputs, const float* panel, const float* bias,
+          float* out, int64_t stride, const float* ahead, int64_t step) {
   Vector sums[ROWS][VECTORS];
   for (int row = 0; row < ROWS; ++row)
     for (int v = 0; v < VECTORS; ++v) sums[row][v] = *(const Vector*)(bias + v * LANES);
@@ -60,7 +63,7 @@ void tile(const float* states, int64_t inputs, const float* panel, const float* 
     for (int v = 0; v < VECTORS; ++v) weights[v] = *(const Vector*)(panel + v * LANES);
     for (int line = 0; line < WIDTH; line += LINE) __builtin_prefetch(ahead + line);
     for (int row = 0; row < ROWS; ++row) {
-      const Vector state = states[row * inputs + input] - Vector{};
+      const Vector state = states[row * apart + input] - Vector{};
       for (int v = 0; v < VECTORS; ++v) sums[row][v] += state * weights[v];
     }
   }
@@ -93,6 +96,18 @@ at::Tensor multiply(const at::Tensor& states, const at::Tensor& weight, const at
   at::Tensor result = at::empty(sizes, given.options());
   const int64_t rows = given.numel() / inputs, tall = (rows + MOST - 1) / MOST;
   const float* from = given.const_data_ptr<float>();
+  int64_t apart = inputs;
+  if (rows > WAYS && (rows + tall - 1) / tall * std::gcd(inputs, PAGE) > WAYS * PAGE) {
+    // Rows a page apart share a place in the first cache, and drive each other out of it.
+    apart += LINE;
+    // Kept: the allocator would return so much to the system, and fault every page in anew.
+    static thread_local std::vector<float> padded;
+    padded.resize(std::max<size_t>(padded.size(), rows * apart));
+    float* copy = padded.data();
+    for (int64_t row = 0; row < rows; ++row)
+      std::copy_n(from + row * inputs, inputs, copy + row * apart);
+    from = copy;
+  }
   const float* panel = weight.const_data_ptr<float>();
   const float* added = bias.const_data_ptr<float>();
   float* to = result.mutable_data_ptr<float>();
@@ -108,7 +123,7 @@ at::Tensor multiply(const at::Tensor& states, const at::Tensor& weight, const at
         const float* ahead = tall == 1 && AHEAD > 0 ? here + AHEAD * WIDTH
                                                     : here + inputs * WIDTH * (tall + t) / tall;
         const auto multiplied = [&](float* out, int64_t stride) {
-          TILES[count - 1](from + first * inputs, inputs, here, added + p * WIDTH, out, stride,
+          TILES[count - 1](from + first * apart, apart, inputs, here, added + p * WIDTH, out, stride,
                            ahead, WIDTH / tall);
         };
         float* out = to + first * outputs + p * WIDTH;
