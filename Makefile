@@ -22,10 +22,9 @@ plan: .venv/run
 	dynatree plan
 
 # Everything that a change must pass, quickest first.
-# A file's tests stay in one process, because they share what is costly to make; files in the
-# order of tests/conftest.py.
+# A file's tests stay in one process, because they share what is costly to make.
 test: check
-	pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	pytest -n logical --maxprocesses 4 --dist loadfile
 
 check: .venv/test
 	ruff check .

@@ -31,15 +31,6 @@ TOOLS = {
 """What a marker needs: the command, and the packages that have it."""
 
 
-LONGEST = ("test_slurm.py", "test_workflow.py", "test_faults.py", "test_committed.py")
-"""Files that take minutes, longest first: begun last, one process would be left alone with one."""
-
-
-def pytest_collection_modifyitems(items):
-    order = {name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: order.get(item.path.name, len(order)))
-
-
 @pytest.fixture(scope="session")
 def compiled_kernel():
     """The C++ operators, loaded; where there is a compiler, one that fails is no reason to skip."""

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import yaml
 from micro_pair import micro  # noqa: F401 - a fixture
-from test_workflow import append, command, copy_project
+from test_workflow import HANGS, append, command, copy_project
 
 from dynatree.results import read_result
 
@@ -63,7 +63,7 @@ class PretendCluster(ThreadingHTTPServer):
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            timeout=900,
+            timeout=HANGS,
         )
         self.ended[name] = (done.returncode, done.stdout)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from slurm_cluster import slurm, wait_for  # noqa: F401 - a fixture
-from test_workflow import TABLE, copy_project, planned, replace
+from test_workflow import HANGS, TABLE, copy_project, planned, replace
 
 from dynatree.ablation import read_ablation
 from dynatree.results import RunResult, read_result
@@ -67,7 +67,7 @@ class Pipeline:
 
     def finish(self) -> int:
         try:
-            return self.process.wait(timeout=900)
+            return self.process.wait(timeout=HANGS)
         except subprocess.TimeoutExpired:
             self.process.kill()
             pytest.fail(self.output()[-4000:])

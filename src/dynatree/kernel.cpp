@@ -97,7 +97,8 @@ at::Tensor multiply(const at::Tensor& states, const at::Tensor& weight, const at
   const int64_t rows = given.numel() / inputs, tall = (rows + MOST - 1) / MOST;
   const float* from = given.const_data_ptr<float>();
   int64_t apart = inputs;
-  if (rows > WAYS && (rows + tall - 1) / tall * std::gcd(inputs, PAGE) > WAYS * PAGE) {
+  const int64_t highest = tall > 0 ? (rows + tall - 1) / tall : 0;  // rows of a tile
+  if (highest * std::gcd(inputs, PAGE) > WAYS * PAGE) {
     // Rows a page apart share a place in the first cache, and drive each other out of it.
     apart += LINE;
     // Kept: the allocator would return so much to the system, and fault every page in anew.
