@@ -6,7 +6,7 @@ Every output is compared with that of plain `model.generate`.
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -183,15 +183,15 @@ def systems(setting: Setting) -> dict[str, Method]:
     }
 
 
-def candidates(setting: Setting) -> dict[str, dict[str, Method]]:
-    """The methods that are chosen among: by family, then by the value of the choice."""
-    families = {
-        SYSTEM: systems(setting),
-        "linear": {
+def candidates(setting: Setting, wanted: Collection[str]) -> dict[str, dict[str, Method]]:
+    """The `wanted` methods that are chosen among: by family, then by the value of the choice."""
+    families: dict[str, Callable[[], dict[str, Method]]] = {
+        SYSTEM: lambda: systems(setting),
+        "linear": lambda: {
             str(count): ours(setting, Linear(num_draft_tokens=count), f"ours, linear, K = {count}")
             for count in LINEAR_TOKENS
         },
-        "assistant_tuned": {
+        "assistant_tuned": lambda: {
             str(count): assisted(
                 setting,
                 f"num_assistant_tokens {count}, constant, no confidence threshold",
@@ -203,15 +203,16 @@ def candidates(setting: Setting) -> dict[str, dict[str, Method]]:
             )
             for count in ASSISTANT_TOKENS
         },
-        "prompt_lookup": {
+        "prompt_lookup": lambda: {
             str(count): generate(
                 setting, f"prompt_lookup_num_tokens {count}", {"prompt_lookup_num_tokens": count}
             )
             for count in LOOKUP_TOKENS
         },
-        "generate_compiled": compiled_peers(setting),
+        "generate_compiled": lambda: compiled_peers(setting),
     }
-    return {family: methods for family, methods in families.items() if methods}
+    made = {family: make() for family, make in families.items() if family in wanted}
+    return {family: methods for family, methods in made.items() if methods}
 
 
 def choose(
@@ -247,8 +248,8 @@ def choose(
     return chosen, record
 
 
-def measure(setting: Setting) -> dict[str, Any]:
-    """Chooses, measures and compares; returns what goes into the record.
+def measure(setting: Setting, wanted: Collection[str]) -> dict[str, Any]:
+    """Chooses, measures and compares the `wanted` methods; returns what goes into the record.
 
     Raises:
         LosslessError: in float32 the output of some method differs from plain generation.
@@ -260,8 +261,9 @@ def measure(setting: Setting) -> dict[str, Any]:
         "generate": plain,
         "assistant": assisted(setting, "the draft as assistant_model, its defaults", {}),
     }
+    methods = {name: method for name, method in methods.items() if name in wanted}
     choices: dict[str, Any] = {}
-    for family, among in candidates(setting).items():
+    for family, among in candidates(setting, wanted).items():
         if len(among) == 1:
             methods[family] = next(iter(among.values()))
             continue
@@ -292,7 +294,7 @@ def measure(setting: Setting) -> dict[str, Any]:
         "ratios": [
             {"of": of, "to": to, **ratio(timings[of], timings[to]).model_dump()}
             for of, to in RATIOS
-            if to in timings
+            if of in timings and to in timings
         ],
         "choices": choices,
         "reference": reference,
@@ -325,11 +327,14 @@ def table(measured: Mapping[str, Any]) -> str:
 
 def main() -> None:
     """Entry point of the command."""
-    setting = load(argument_parser(__doc__).parse_args(), SYSTEM)
+    parser = argument_parser(__doc__)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD")
+    arguments = parser.parse_args()
+    setting = load(arguments, SYSTEM)
     # What the target's own configuration asks for (a repetition penalty, say) would fill in what
     # a call leaves open, and `generate` would no longer be the plain greedy decoding of the model.
     with replaced(setting.pair.target, "generation_config", GenerationConfig()):
-        measured = measure(setting)
+        measured = measure(setting, arguments.methods)
     write("peers", setting, measured, table(measured))
 
 

@@ -5,7 +5,8 @@ copy bandwidth of the device. What is timed is what the engine runs: the verific
 rounds, and one level of drafting, each repeated at one position of a filled cache.
 """
 
-from collections.abc import Callable, Mapping
+import gc
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel
 
 from dynatree.decode import Decoder
 from dynatree.errors import ConfigError, reporting
+from dynatree.pairs import Pair
 from dynatree.runner import ModelRunner
 from dynatree.strategies import Autoregressive, StrategyBase, Tree
 
@@ -172,6 +174,27 @@ def repeated(run: Callable[[], None], times: int) -> None:
             run()
 
 
+def memory(pair: Pair, decoders: Iterable[Decoder]) -> dict[str, int]:
+    """Bytes of the weights and of the caches, and the most that were ever in use and held."""
+    tensors = {
+        tensor.data_ptr(): tensor
+        for model in (pair.target, pair.draft)
+        for tensor in (*model.parameters(), *model.buffers())
+    }
+    caches = [
+        runner.cache.storage
+        for decoder in decoders
+        for _, runner in decoder._runners()
+        if runner.cache.storage is not None
+    ]
+    return {
+        "weights": sum(tensor.nbytes for tensor in tensors.values()),
+        "caches": sum(cache.nbytes for cache in caches),
+        "peak_in_use": torch.cuda.max_memory_allocated(),
+        "peak_held": torch.cuda.max_memory_reserved(),
+    }
+
+
 def measure(setting: Setting, context: int, copy_bytes: int, repeats: int) -> dict[str, Any]:
     """Times copies, forwards and whole generations; returns what goes into the record."""
     spec, pair, kind = setting.spec, setting.pair, setting.device.type
@@ -196,6 +219,24 @@ def measure(setting: Setting, context: int, copy_bytes: int, repeats: int) -> di
     bandwidth = 2 * copy_bytes / each["copy"]
     weights = {"target": weight_bytes(pair.target), "draft": weight_bytes(pair.draft)}
     read = {role: weights[role] + kv[role] * context for role in weights}
+    facts = {
+        name: {
+            "model": step.role,
+            "nodes": step.nodes,
+            "bytes": read[step.role],
+            "floor_ms": 1e3 * read[step.role] / bandwidth,
+            "ms": 1e3 * each[name],
+            "fraction": read[step.role] / bandwidth / each[name],
+            "seconds": seconds[name],
+        }
+        for name, step in forwards.items()
+    }
+    # What follows is as in use, without what was only timed.
+    del forwards, calls, timings
+    gc.collect()
+    if kind == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     strategies = {"ar": Autoregressive(), SYSTEM: spec.strategy}
     decoders = {
         name: Decoder(pair.target, pair.draft, strategy, context + new, runtime=spec.models.runtime)
@@ -226,18 +267,7 @@ def measure(setting: Setting, context: int, copy_bytes: int, repeats: int) -> di
             "bytes_per_second": bandwidth,
             "seconds": seconds["copy"],
         },
-        "steps": {
-            name: {
-                "model": step.role,
-                "nodes": step.nodes,
-                "bytes": read[step.role],
-                "floor_ms": 1e3 * read[step.role] / bandwidth,
-                "ms": 1e3 * each[name],
-                "fraction": read[step.role] / bandwidth / each[name],
-                "seconds": seconds[name],
-            }
-            for name, step in forwards.items()
-        },
+        "steps": facts,
         "generations": rounds,
         "preparation": {
             name: asdict(decoder.runtime.preparation) for name, decoder in decoders.items()
@@ -270,6 +300,15 @@ def table(measured: Mapping[str, Any]) -> str:
         for name, facts in measured["generations"].items()
     ]
     copy = measured["copy"]
+    found = measured["memory"]
+    used = ""
+    if found is not None:
+        needed = found["weights"] + found["caches"]
+        used = (
+            f"\nMemory of the generations: {needed / 1e9:.2f} GB of weights and caches; at most "
+            f"{found['peak_in_use'] / needed:.3f} times that in use, "
+            f"{found['peak_held'] / needed:.3f} times held.\n"
+        )
     return "\n".join(
         (
             markdown(
@@ -282,7 +321,7 @@ def table(measured: Mapping[str, Any]) -> str:
             ),
             f"Copies of {copy['buffer_bytes'] / 2**20:.0f} MiB: "
             f"{copy['bytes_per_second'] / 1e9:.1f} GB/s, read and written. Weights kept in a "
-            "cache between forwards can pass the floor.\n",
+            f"cache between forwards can pass the floor.\n{used}",
         )
     )
 

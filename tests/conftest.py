@@ -5,6 +5,7 @@ import shutil
 import signal
 import tempfile
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+if not Path("/proc/driver/nvidia/version").exists():
+    # Its kernels are interpreted where there is no GPU. Read when Triton is imported.
+    os.environ["TRITON_INTERPRET"] = "1"
 # Jobs of other tests, and of the user's own work, are none to wait for.
 LOCKS = tempfile.TemporaryDirectory(prefix="dynatree-locks-")
 os.environ["DYNATREE_LOCKS"] = LOCKS.name

@@ -76,7 +76,8 @@ def ranks_and_children(tree: DraftTree, path: Tensor, count: int) -> tuple[Tenso
     """
     rows = tree.first(count)
     parents = torch.where(rows.living, rows.parents, -1)
-    parents[0] = -1
+    # A number written by index would come from the host, which a capture refuses.
+    parents[:1].fill_(-1)
     siblings = parents.index_select(0, path)[:, None] == parents
     ranks = (siblings & (rows.indices < path[:, None])).sum(dim=-1)
     return ranks, (parents == path[:, None]).sum(dim=-1)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 from transformers import Cache, StaticLayer
 
-from dynatree import kernel
+from dynatree import gpu, kernel
 from dynatree.errors import DecodeError
 
 
@@ -116,7 +116,10 @@ class SlotCache(Cache):
         """Moves the entries of the slots `sources` [k] to `destinations` [k], in every layer."""
         if self.storage is None:
             return
-        if kernel.serves(self.storage.device):
+        kernels = gpu.kernels(self.storage.device)
+        if kernels is not None:
+            kernels.move_slots(self.storage, sources, destinations)
+        elif kernel.serves(self.storage.device):
             kernel.move_slots(self.storage, sources, destinations)
         else:
             # The selection copies, so overlapping slots are safe.

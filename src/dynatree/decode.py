@@ -19,6 +19,7 @@ from dynatree.runner import ModelRunner
 from dynatree.runtime import Runtime
 from dynatree.sampling import Sampler, Sampling, SamplingMode
 from dynatree.schema import RuntimeMode
+from dynatree.selection import largest
 from dynatree.strategies import StrategyBase
 from dynatree.tree import DraftTree
 
@@ -424,7 +425,7 @@ class Decoder:
             logits: [n, vocabulary]; greedy decoding takes their argmax.
         """
         if self._sampler is None:
-            best, choices = logits.max(dim=-1)
+            best, choices = largest(logits)
         else:
             rows, drafter = len(logits), self._drafter
             drafted = drafter is not None and tree is not self._root

@@ -1,17 +1,20 @@
 """Growing one draft tree per round with the draft model, one batched forward per level."""
 
+import itertools
 import math
+import operator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from dynatree import kernel
+from dynatree import gpu, kernel
 from dynatree.controller import MAX_PAUSE
 from dynatree.ngram import CONFIDENCE, continuation
 from dynatree.runner import ModelRunner
 from dynatree.runtime import Runtime
 from dynatree.sampling import Sampler
+from dynatree.selection import most_probable
 from dynatree.strategies import StrategyBase
 from dynatree.tree import DraftTree, Level
 
@@ -42,6 +45,8 @@ class Drafter:
         self._trim = not runtime.static
         # Of a dozen small operations per level, and as many per tree, one per level remains.
         self._fuses = self._trim and sampler is None and kernel.serves(runner.device)
+        # The same where shapes are static, for a rule that leaves no choice of nodes.
+        self._kernels = gpu.kernels(runner.device) if runtime.static and sampler is None else None
         self._visible = runtime.visible
         self._varies = strategy.varies
         self._rules = [_Rule(rule, runner) for rule in strategy.rules]
@@ -222,10 +227,26 @@ class Drafter:
                 tree.tensors,
             )
             return tree.placed(count) if count > 0 else None
+        if self._kernels is not None and rule.whole and self.observer is None:
+            values, tokens = most_probable(logits, rule.children)
+            self._kernels.grow(
+                values,
+                tokens,
+                parent_log_probs,
+                tree.level.start,
+                tree.size,
+                rule.lowest,
+                tree.tensors,
+            )
+            return tree.placed(values.numel())
         nodes, tokens, log_probs = self._living(chosen, parent_log_probs, logits, width, depth)
         if len(nodes) == 0:
             return None
-        parents = nodes if rule.children == 1 else rule.parents.index_select(0, nodes)
+        parents = nodes
+        if rule.children > 1:
+            whole = len(nodes) == rule.children * len(logits)
+            parents = rule.parents
+            parents = parents[: len(nodes)] if whole else parents.index_select(0, nodes)
         if chosen is not None:
             parents = chosen.index_select(0, parents)
         return tree.extend(parents, tokens, log_probs)
@@ -246,10 +267,10 @@ class Drafter:
         """
         tree, rule, strategy = self._grown, self._rule, self.strategy
         children = rule.children
-        log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
         if self._sampler is None:
-            log_probs, tokens = log_probs.topk(children, dim=-1)
+            log_probs, tokens = most_probable(logits, children)
         else:
+            log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
             tokens = self._sampler.draw(logits, children, self._expanding(chosen), depth)
             log_probs = log_probs.gather(-1, tokens)
         kept = strategy.keeps(log_probs, rule.ranks, self._state)
@@ -275,11 +296,13 @@ class Drafter:
                 nodes = nodes[:width]
         else:
             log_probs = log_probs.masked_fill(dead, -math.inf)
-            nodes = log_probs.topk(min(width, len(log_probs))).indices.sort().values
+            nodes = tree.indices[: len(log_probs)]
+            if len(nodes) > width:
+                nodes = log_probs.topk(width).indices.sort().values
         if self.observer is not None:
             read = self._expanding(chosen)
             self.observer.offered(strategy, read, tokens, offered, kept, nodes)
-        if dead is not None:
+        if len(nodes) < len(log_probs):
             tokens, log_probs = tokens.index_select(0, nodes), log_probs.index_select(0, nodes)
         return nodes, tokens, log_probs
 
@@ -369,6 +392,7 @@ class _Rule:
         lowest: the lowest log-probability that stays.
         least: [] float32, the same; None where there is no threshold.
         plain: whether nothing but threshold and budget decides which children stay.
+        whole: whether every continuation of every node has its place in the tree.
         most: nodes that one verification may hold, the root included.
     """
 
@@ -389,3 +413,10 @@ class _Rule:
             self.least = torch.tensor(self.lowest, device=runner.device)
         self.plain = type(strategy).keeps is StrategyBase.keeps
         self.most = 1 + strategy.max_nodes
+        sizes = [1, *itertools.accumulate([self.children] * len(self.widths), operator.mul)]
+        self.whole = (
+            self.plain
+            and all(map(operator.le, sizes[1:], self.widths))
+            and all(map(operator.le, sizes[1:-1], self.limits))
+            and sum(sizes) <= self.most
+        )

@@ -1,5 +1,6 @@
 """How forwards run: eagerly, compiled, or as replayed CUDA graphs; and which shapes they have."""
 
+import gc
 import time
 import weakref
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import torch.fx.experimental._config
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from dynatree import fused
 from dynatree.errors import DecodeError
 from dynatree.schema import RuntimeMode
 
@@ -96,6 +98,8 @@ class Runtime:
         if self.mode == "eager":
             on_cpu = self.device.type == "cpu" and model.dtype == torch.float32
             return partial(_without_onednn if on_cpu else forward, model)
+        if self.mode == "cudagraph" and fused.serves(model):
+            return fused.Forward(model)
         # Once: a model finds out its dtype and device by walking over its parameters.
         return partial(_compiled, model, (model.dtype, model.device))
 
@@ -146,8 +150,15 @@ class Runtime:
         graph = torch.cuda.CUDAGraph()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(graph, pool=self._pool):
-            phase()
+        # The collector may find another decoder's graphs, and to free these breaks a capture.
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool):
+                phase()
+        finally:
+            if collects:
+                gc.enable()
         return graph
 
     def _reserved(self) -> int:

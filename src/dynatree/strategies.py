@@ -113,7 +113,11 @@ class StrategyBase(BaseModel):
         likely = _most_reaching(math.exp(self.min_log_prob))
         widths, expanded = [], 1
         for depth in range(1, self.max_depth + 1):
-            width = min(expanded * self.max_children, self.max_nodes, likely)
+            every = expanded * self.max_children
+            width = min(every, self.max_nodes, likely)
+            # Nothing has to be selected of a last level that fits the budget, and none reads it.
+            if depth == self.max_depth and sum(widths) + every <= self.max_nodes:
+                width = every
             widths.append(width)
             expanded = min(width, self.max_expanded(depth))
         return widths

@@ -6,6 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dynatree import gpu
+from dynatree.selection import columns_of
+
 
 class Level(NamedTuple):
     """Nodes of one depth, while a tree grows.
@@ -27,7 +30,7 @@ class Level(NamedTuple):
     def attention_mask(self, columns: Tensor, chosen: Tensor | None) -> Tensor:
         """As `DraftTree.attention_mask`, for the `chosen` [n] nodes of the level, or all of it."""
         attends = self.attends if chosen is None else self.attends.index_select(0, chosen)
-        return attends.index_select(1, columns)
+        return columns_of(attends, columns)
 
 
 class DraftTree:
@@ -220,6 +223,11 @@ class DraftTree:
             [min(count, grown.size)] the nodes' indices in `grown`; where there are fewer living
             ones, the rest is `grown.capacity`, and dead here too.
         """
+        kernels = gpu.kernels(self.tokens.device)
+        if kernels is not None and count >= grown.size:
+            found: Tensor = kernels.compact(grown.tensors, grown.size, self.tensors)
+            self.size, self.deepest = grown.size, None
+            return found
         log_probs, nodes = grown.log_probs[: grown.size], grown.indices[: grown.size]
         if count < grown.size:
             nodes = log_probs.sort(descending=True, stable=True).indices[:count]
@@ -256,7 +264,7 @@ class DraftTree:
         Returns:
             [count, visible] bool: committed tokens and ancestors (the node itself too).
         """
-        return self.first(count).attends.index_select(1, columns)
+        return columns_of(self.first(count).attends, columns)
 
 
 class Rows:

@@ -1,0 +1,85 @@
+"""The forward of an unmodified GPT-NeoX model on CUDA in three kernel launches per layer."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import GPTNeoXForCausalLM, PreTrainedModel
+
+from dynatree import gpu
+from dynatree.cache import SlotCache
+
+
+def serves(model: PreTrainedModel) -> bool:
+    """Whether `Forward` computes what `model` does."""
+    config = model.config
+    return (
+        type(model) is GPTNeoXForCausalLM
+        and gpu.kernels(model.device) is not None
+        and config._attn_implementation == "sdpa"
+        and config.hidden_act == "gelu"
+        and config.use_parallel_residual
+        and config.attention_bias
+        and config.rope_parameters["rope_type"] == "default"
+        and config.hidden_size % 16 == 0
+        and config.intermediate_size % config.hidden_size == 0
+        and config.hidden_size // config.num_attention_heads <= 128
+        and not model.training
+    )
+
+
+class Forward:
+    """Calls like `runtime.forward`, for one model."""
+
+    def __init__(self, model: GPTNeoXForCausalLM) -> None:
+        kernels = gpu.kernels(model.device)
+        assert kernels is not None
+        self._kernels = kernels
+        self._model = model
+        base = model.gpt_neox
+        positions = torch.arange(model.config.max_position_embeddings, device=model.device)
+        with torch.inference_mode():
+            cosines, sines = base.rotary_emb(base.embed_in.weight[:1], positions[None])
+            self._tables = cosines[0].contiguous(), sines[0].contiguous()
+        self._workspace = gpu.workspace(model.device)
+
+    def __call__(
+        self,
+        *,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor,
+        past_key_values: SlotCache,
+    ) -> Tensor:
+        kernels, base, workspace = self._kernels, self._model.gpt_neox, self._workspace
+        masks = kernels.divide_mask(attention_mask[0, 0], past_key_values.slots)
+        hidden = kernels.select_rows(base.embed_in.weight, input_ids[0])
+        few = len(hidden) <= kernels.MOST_ROWS
+        for layer, (keys, values) in zip(base.layers, past_key_values.parts, strict=True):
+            attention, mlp = layer.attention, layer.mlp
+            norms = [layer.input_layernorm, layer.post_attention_layernorm]
+            if few:
+                states, active = kernels.enter(
+                    hidden, norms, [attention.query_key_value, mlp.dense_h_to_4h]
+                )
+            else:
+                states = attention.query_key_value(norms[0](hidden))
+                active = F.gelu(mlp.dense_h_to_4h(norms[1](hidden)))
+            attended = kernels.attend(
+                states,
+                self._tables,
+                position_ids[0],
+                past_key_values.slots,
+                masks,
+                keys,
+                values,
+                workspace,
+            )
+            if few:
+                hidden = kernels.leave(
+                    hidden, attended, active, [attention.dense, mlp.dense_4h_to_h], workspace
+                )
+            else:
+                hidden = mlp.dense_4h_to_h(active) + attention.dense(attended) + hidden
+        (hidden,) = kernels.norm(hidden, [base.final_layer_norm])
+        logits: Tensor = self._model.get_output_embeddings()(hidden)
+        return logits[None]

@@ -1,0 +1,32 @@
+"""Which devices the Triton kernels run on."""
+
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+
+
+@cache
+def kernels(device: torch.device) -> ModuleType | None:
+    """`dynatree.cuda_kernels` for tensors on `device`; None where PyTorch's operators serve.
+
+    They need an NVIDIA GPU of compute capability 8.0 or later, and Triton, which PyTorch brings.
+    """
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return None
+    try:
+        from dynatree import cuda_kernels
+    except ImportError:
+        return None
+    return cuda_kernels
+
+
+@cache
+def workspace(device: torch.device) -> Any:
+    """One for all kernels on `device`, which run one after the other."""
+    found = kernels(device)
+    assert found is not None
+    return found.Workspace(device)

@@ -1,0 +1,330 @@
+"""The Triton kernels against PyTorch, and decoding through them: compiled on CUDA, and on a CPU by
+Triton's interpreter, which runs the same source program by program."""
+
+import copy
+
+import pytest
+import torch
+from models import CONTEXT, STRATEGIES, build, draft_of, oracle, prompt, target_of
+from torch.nn import functional as F
+
+import dynatree
+from dynatree import fused, gpu
+from dynatree.runner import ModelRunner
+from dynatree.runtime import Runtime
+from dynatree.tree import DraftTree
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
+ROWS = (1, 2, 5, 16, 17, 64)
+GEOMETRIES = {"narrow": (32, 64, 4, 2), "wide": (160, 640, 2, 20), "draft": (128, 512, 2, 16)}
+"""Width, width of the MLP, heads and rotary dimensions."""
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    pytest.importorskip("triton", reason="needs Triton: pip install triton")
+    if not CUDA:
+        from triton.runtime import interpreter
+
+        patch = interpreter._patch_lang_tensor
+
+        def patched(tensor, scope):
+            patch(tensor, scope)
+            # Of an array with one element NumPy 2.4 makes no number.
+            scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+        interpreter._patch_lang_tensor = patched
+    from dynatree import cuda_kernels
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if not CUDA:
+            monkeypatch.setattr(gpu, "kernels", lambda device: cuda_kernels)
+            monkeypatch.setattr("dynatree.runner.packed", lambda model: model)
+        yield cuda_kernels
+    gpu.workspace.cache_clear()
+
+
+@pytest.fixture
+def workspace(kernels):
+    workspace = kernels.Workspace(DEVICE)
+    yield workspace
+    # Whoever comes last leaves it as it was found.
+    assert not workspace.finished.any()
+
+
+@pytest.fixture(params=["float32", pytest.param("bfloat16", marks=pytest.mark.gpu)])
+def dtype(request):
+    """The interpreter multiplies bfloat16 as if it were integers."""
+    return getattr(torch, request.param)
+
+
+def close(found, wanted):
+    """Equal but for the rounding of a few sums."""
+    error = (found.double() - wanted.double()).norm() / wanted.double().norm()
+    assert error < (2e-6 if found.dtype == torch.float32 else 1.5e-2)
+
+
+def random(*shape, dtype=torch.float32, scale=1.0):
+    return (scale * torch.randn(*shape)).to(DEVICE, dtype)
+
+
+def linear(inputs, outputs, dtype):
+    made = torch.nn.Linear(inputs, outputs, device=DEVICE, dtype=dtype)
+    torch.nn.init.normal_(made.weight, std=inputs**-0.5)
+    torch.nn.init.normal_(made.bias, std=0.1)
+    return made.requires_grad_(False)
+
+
+def layer_norm(width, dtype):
+    made = torch.nn.LayerNorm(width, device=DEVICE, dtype=dtype)
+    torch.nn.init.normal_(made.weight, mean=1.0, std=0.1)
+    torch.nn.init.normal_(made.bias, std=0.1)
+    return made.requires_grad_(False)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_what_enters_and_leaves_a_layer(kernels, workspace, dtype, geometry, rows):
+    width, inner, _, _ = GEOMETRIES[geometry]
+    torch.manual_seed(rows)
+    norms = [layer_norm(width, dtype), layer_norm(width, dtype)]
+    enters = [linear(width, 3 * width, dtype), linear(width, inner, dtype)]
+    leaves = [linear(width, width, dtype), linear(inner, width, dtype)]
+    hidden, attended = random(rows, width, dtype=dtype), random(rows, width, dtype=dtype)
+    states, active = kernels.enter(hidden, norms, enters)
+    close(states, enters[0](norms[0](hidden)))
+    close(active, F.gelu(enters[1](norms[1](hidden))))
+    found = kernels.leave(hidden, attended, active, leaves, workspace)
+    close(found, leaves[1](active) + leaves[0](attended) + hidden)
+    (found,) = kernels.norm(hidden, norms[:1])
+    close(found, norms[0](hidden))
+
+
+def rotated(states, cosines, sines):
+    turned, rest = states[..., : cosines.shape[-1]], states[..., cosines.shape[-1] :]
+    first, second = turned.chunk(2, dim=-1)
+    return torch.cat((turned * cosines + torch.cat((-second, first), -1) * sines, rest), -1)
+
+
+@pytest.mark.parametrize("shown", ["prefix", "scattered"])
+@pytest.mark.parametrize("rows", [*ROWS, 100])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_attention(kernels, workspace, dtype, geometry, rows, shown):
+    """New tokens in any slots and at any positions, a prefix that all are shown or none at all."""
+    width, _, heads, rotary = GEOMETRIES[geometry]
+    size, visible, begin = width // heads, 512, 230
+    torch.manual_seed(rows)
+    states = random(rows, 3 * width, dtype=dtype)
+    keys, values = (random(1, heads, visible + 8, size, dtype=dtype) for _ in range(2))
+    angles = random(600, rotary)
+    tables = angles.cos().to(dtype), angles.sin().to(dtype)
+    positions = torch.randint(600, (rows,), device=DEVICE)
+    slots = begin + torch.randperm(2 * rows, device=DEVICE)[:rows]
+    mask = torch.rand(rows, visible, device=DEVICE) < 0.3
+    mask[:, : begin if shown == "prefix" else 1] = True
+    query, key, value = states.view(rows, heads, 3 * size).transpose(0, 1).chunk(3, dim=-1)
+    at = tables[0][positions], tables[1][positions]
+    wanted_keys = keys.index_copy(2, slots, rotated(key, *at)[None])
+    wanted_values = values.index_copy(2, slots, value[None])
+    wanted = F.scaled_dot_product_attention(
+        rotated(query, *at)[None],
+        wanted_keys[:, :, :visible],
+        wanted_values[:, :, :visible],
+        attn_mask=mask[None, None],
+    )
+    masks = kernels.divide_mask(mask, slots)
+    found = kernels.attend(states, tables, positions, slots, masks, keys, values, workspace)
+    close(found, wanted[0].transpose(0, 1).reshape(rows, width))
+    close(keys, wanted_keys)
+    assert torch.equal(values, wanted_values)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_a_divided_mask(kernels, rows):
+    torch.manual_seed(rows)
+    mask = torch.rand(rows, 1300, device=DEVICE) < 0.5
+    mask[:, :7] = True
+    slots = torch.randperm(1300, device=DEVICE)[:rows]
+    found = kernels.divide_mask(mask, slots)
+    old = mask.index_fill(1, slots, False)
+    assert torch.equal(found.old.bool(), old)
+    assert torch.equal(found.new.bool(), mask[:, slots])
+    assert found.common.tolist() == [(~row).nonzero()[0].item() for row in old]
+    assert found.used.tolist() == [row.nonzero()[-1].item() + 1 for row in old]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+@pytest.mark.parametrize("vocabulary", [40, 4096, 5000])
+def test_best_tokens(kernels, workspace, dtype, vocabulary, count):
+    """Of equal logits, of which 16 bits make many, the smaller token comes first."""
+    torch.manual_seed(count)
+    logits = random(5, vocabulary, dtype=dtype, scale=3.0)
+    logits[1] = logits[1].round()
+    order = logits.sort(dim=-1, descending=True, stable=True)
+    values, tokens = kernels.best(logits, count, workspace, log_probs=False)
+    assert torch.equal(tokens, order.indices[:, :count])
+    assert torch.equal(values, order.values[:, :count].float())
+    values, again = kernels.best(logits, count, workspace, log_probs=True)
+    assert torch.equal(again, tokens)
+    wanted = logits.log_softmax(dim=-1, dtype=torch.float32).gather(-1, tokens)
+    torch.testing.assert_close(values, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("log_probs", [False, True])
+def test_what_is_not_a_number_stays_so(kernels, workspace, log_probs):
+    logits = random(3, 5000)
+    logits[1, 4321] = torch.nan
+    values, tokens = kernels.best(logits, 2, workspace, log_probs)
+    assert values.isnan().tolist() == [[False] * 2, [True] * 2, [False] * 2]
+    assert tokens.max() < 5000
+
+
+def test_selections_and_moves(kernels):
+    table = random(40, 2100)
+    rows = torch.randint(40, (9,), device=DEVICE)
+    assert torch.equal(kernels.select_rows(table, rows), table[rows])
+    booleans = (table > 0)[:, 3:]
+    columns = torch.randint(2000, (1500,), device=DEVICE)
+    assert torch.equal(kernels.select_columns(booleans, columns), booleans[:, columns])
+    storage = random(3, 2, 1, 4, 40, 20)
+    sources = torch.tensor([5, 7, 6, 12, 12], device=DEVICE)
+    destinations = torch.tensor([5, 6, 7, 8, 9], device=DEVICE)
+    wanted = storage.index_copy(-2, destinations, storage.index_select(-2, sources))
+    kernels.move_slots(storage, sources, destinations)
+    assert torch.equal(storage, wanted)
+
+
+@pytest.mark.parametrize(("children", "depth"), [(1, 5), (2, 4), (3, 3)])
+@pytest.mark.parametrize("least", [-float("inf"), -1.6])
+def test_trees(kernels, children, depth, least, monkeypatch):
+    """Levels that are written in place, and the living nodes of them, as PyTorch has them."""
+    size = sum(children**level for level in range(depth + 1))
+    torch.manual_seed(size)
+    grown, kept = ([DraftTree(size, DEVICE) for _ in range(2)] for _ in range(2))
+    for reuse in range(3):
+        root = torch.tensor([reuse], device=DEVICE)
+        for tree in grown:
+            tree.plant(root)
+        levels = [tree.level for tree in grown]
+        for level in range(depth):
+            width = children**level
+            values = -torch.rand(width, children, device=DEVICE)
+            if reuse == 2 and level == 1:
+                values[-1, -1] = torch.nan
+            tokens = torch.randint(99, (width, children), device=DEVICE)
+            log_probs = (values + levels[0].log_probs[:, None]).view(-1)
+            log_probs = log_probs.masked_fill(log_probs < least, -float("inf"))
+            parents = torch.arange(width, device=DEVICE).repeat_interleave(children)
+            above = levels[1]
+            levels[0] = grown[0].extend(parents, tokens.view(-1), log_probs)
+            start, count = above.start, grown[1].size
+            kernels.grow(values, tokens, above.log_probs, start, count, least, grown[1].tensors)
+            levels[1] = grown[1].placed(width * children)
+        for tree in grown:
+            tree.join()
+        with monkeypatch.context() as patch:
+            patch.setattr(gpu, "kernels", lambda device: None)
+            nodes = kept[0].take(grown[0], size)
+        assert torch.equal(kept[1].take(grown[1], size), nodes)
+        for one, other in ((grown[0], grown[1]), (kept[0], kept[1])):
+            for wanted, found in zip(one.tensors, other.tensors, strict=True):
+                torch.testing.assert_close(
+                    found[: one.size], wanted[: one.size], rtol=0, atol=0, equal_nan=True
+                )
+        assert torch.equal(kept[1].tensors[4], kept[0].tensors[4])
+
+
+# Whole models.
+
+
+class Direct(Runtime):
+    """The static round with the fused forward, run and not captured."""
+
+    def __init__(self):
+        super().__init__("eager", DEVICE, static=True)
+
+    def callable(self, model):
+        assert fused.serves(model)
+        return fused.Forward(model)
+
+
+def direct(runner):
+    """On a CPU a runner gives PyTorch's attention numbers for a mask."""
+    runner._additive = False
+    return runner
+
+
+def decoder_of(strategy, max_length=CONTEXT + 1):
+    models = (target_of("gpt_neox"), draft_of("gpt_neox", "noisy"))
+    models = (copy.deepcopy(model).to(DEVICE) for model in models)
+    decoder = dynatree.Decoder(*models, strategy, max_length, Direct())
+    for _, runner in decoder._runners():
+        direct(runner)
+    return decoder
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40, 70])
+def test_the_forward(kernels, rows):
+    model = build("gpt_neox", layers=2, seed=5).to(DEVICE)
+    runners = (
+        direct(ModelRunner(model, 264, Direct())),
+        ModelRunner(model, 264, Runtime("eager", DEVICE)),
+    )
+    tokens, slots = prompt(rows, 1).to(DEVICE), 33 + torch.arange(rows, device=DEVICE)
+    mask = torch.rand(rows, 256, device=DEVICE) < 0.5
+    mask[:, 0] = True
+    logits = []
+    with torch.inference_mode():
+        for runner in runners:
+            runner.prefill(prompt(33).to(DEVICE))
+            logits.append(runner.forward(tokens, slots - rows // 4, slots, mask))
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    # Every one of them runs on CUDA in `test_gpu.py`.
+    ["ar", "linear", "small_budget", "single_path", "dynamic_depth", "best_first", "ngram_small"],
+)
+def test_decoding_is_exact(kernels, strategy):
+    decoder = decoder_of(STRATEGIES[strategy])
+    for length, new in ((17, 8), (CONTEXT + 1 - 4, 4)):
+        ids = prompt(length).to(DEVICE)
+        wanted = oracle(decoder._models[0], ids, new)
+        assert decoder.decode(ids, new).tokens == wanted
+
+
+def test_a_tree_grows_in_place_where_nothing_is_to_be_chosen(kernels, monkeypatch):
+    """The full system does; with a budget that is too small, nodes are selected."""
+    calls = []
+    grow = kernels.grow
+    monkeypatch.setattr(kernels, "grow", lambda *args: calls.append(1) or grow(*args))
+    for strategy, levels in (
+        (dynatree.Tree(depth=3, branch_factor=2, prune_threshold=0.2, node_budget=14), 3),
+        (dynatree.Linear(num_draft_tokens=4), 4),
+        (dynatree.Tree(depth=3, branch_factor=2, prune_threshold=0.2, node_budget=13), 0),
+        (dynatree.BestFirst(), 0),
+    ):
+        calls.clear()
+        decoder = decoder_of(strategy, max_length=40)
+        with torch.inference_mode():
+            decoder._prefill(prompt(5).to(DEVICE))
+            decoder._grow_phase(0, strategy.max_depth, 256)
+        assert len(calls) == levels
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_act": "relu"},
+        {"use_parallel_residual": False},
+        {"attention_bias": False},
+        {"intermediate_size": 80},
+        {"attention": "eager"},
+    ],
+)
+def test_models_that_it_cannot_compute_are_left_to_transformers(kernels, change):
+    assert fused.serves(build("gpt_neox"))
+    assert not fused.serves(build("gpt_neox", **change))
+    assert not fused.serves(build("llama"))
