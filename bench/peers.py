@@ -33,10 +33,10 @@ from dynatree.decode import Decoder
 from dynatree.errors import reporting
 from dynatree.strategies import Autoregressive, Linear, StrategyBase, Tree
 
-SYSTEM_THRESHOLDS = (0.03, 0.06)
+SYSTEM_THRESHOLDS = {"cpu": (0.03, 0.06), "cuda": (0.003,)}
 """Of pruning, tried beside the configured one: what the best is depends on what a node costs."""
 
-LINEAR_TOKENS = (2, 3, 4, 6, 8)
+LINEAR_TOKENS = {"cpu": (2, 3, 4, 6, 8), "cuda": (4, 6, 8, 10)}
 ASSISTANT_TOKENS = (2, 3, 4, 6, 8)
 LOOKUP_TOKENS = (2, 4, 8, 16)
 
@@ -168,14 +168,13 @@ def compiled_peers(setting: Setting) -> dict[str, Method]:
 
 
 def systems(setting: Setting) -> dict[str, Method]:
-    """The full system with each pruning threshold; on CUDA, where a node costs little and graphs
-    are captured for each, with the configured one."""
+    """The full system with each pruning threshold."""
     configured = setting.spec.strategy
     strategies: dict[str, StrategyBase] = {"configured": configured}
-    if isinstance(configured, Tree) and setting.device.type != "cuda":
+    if isinstance(configured, Tree):
         strategies = {
             f"{threshold:g}": configured.model_copy(update={"prune_threshold": threshold})
-            for threshold in sorted({configured.prune_threshold, *SYSTEM_THRESHOLDS})
+            for threshold in sorted({configured.prune_threshold, *SYSTEM_THRESHOLDS[setting.device.type]})
         }
     return {
         value: ours(setting, strategy, f"ours, {strategy.describe()}")
@@ -189,7 +188,7 @@ def candidates(setting: Setting, wanted: Collection[str]) -> dict[str, dict[str,
         SYSTEM: lambda: systems(setting),
         "linear": lambda: {
             str(count): ours(setting, Linear(num_draft_tokens=count), f"ours, linear, K = {count}")
-            for count in LINEAR_TOKENS
+            for count in LINEAR_TOKENS[setting.device.type]
         },
         "assistant_tuned": lambda: {
             str(count): assisted(
