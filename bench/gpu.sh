@@ -5,7 +5,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 
 LIMIT=540
-STEPS="tests train roofline peers rounds"
+STEPS="tests train roofline rounds peers"
 
 usage() {
     cat <<END
@@ -35,14 +35,18 @@ for name in $only; do
     [[ " $STEPS " == *" $name "* ]] || { usage >&2 && exit 2; }
 done
 
-# Sizes that fit the time on an H200, where a process compiles for about a minute first.
-roofline=(--tokens 128)
-peers=(--prompts 2 --runs 2 --tokens 128)
-rounds=(--prompts 2 --runs 2 --contexts 128 1000 --budgets 64)
+# Sizes that fit the time on an H200: 70 s, 70 s without the modes of Transformers, and 15 s.
+declare -A sizes=(
+    [roofline]="--tokens 64 --runs 10"
+    [peers]="--prompts 4 --runs 2 --tokens 128"
+    [rounds]="--prompts 2 --runs 2 --contexts 128 1000 --budgets 63"
+)
 if [[ $quick ]]; then
-    roofline=(--tokens 4 --runs 2 --context 16 --repeats 1 --copy-mib 16)
-    peers=(--prompts 1 --runs 1 --tokens 4)
-    rounds=(--prompts 1 --runs 1 --tokens 4 --contexts 16 --budgets 16)
+    sizes=(
+        [roofline]="--tokens 4 --runs 2 --context 16 --repeats 1 --copy-mib 16"
+        [peers]="--prompts 1 --runs 1 --tokens 4"
+        [rounds]="--prompts 1 --runs 1 --tokens 4 --contexts 16 --budgets 16"
+    )
 fi
 
 work=$(mktemp -d)
@@ -61,7 +65,6 @@ fi
 step() {
     local name=$1 seconds=$2 begin=$SECONDS status left=$((LIMIT - SECONDS))
     shift 2
-    [[ " $only " == *" $name "* ]] || return 0
     ((seconds = seconds < left ? seconds : left))
     if ((seconds < 10)); then
         echo "not begun: no time left" >"$work/$name.outcome"
@@ -105,14 +108,8 @@ tests() {
     [[ $device == cuda ]] && options+=(-m gpu)
     # Most of the time goes into compiling, which several processes do at once.
     python3 -c 'import xdist' 2>"$work/import" && options+=(-n "$(($(nproc) / 4))")
-    TORCHINDUCTOR_COMPILE_THREADS=4 step tests 200 python3 -m pytest tests/test_gpu.py "${options[@]}"
-}
-
-benchmark() {
-    local name=$1 seconds=$2
-    shift 2
-    step "$name" "$seconds" python3 "bench/$name.py" --config "$config" --pair "$pair" \
-        --device "$device" --out "$out" "$@"
+    [[ " $only " != *" tests "* ]] || TORCHINDUCTOR_COMPILE_THREADS=4 step tests 200 \
+        python3 -m pytest tests/test_gpu.py tests/test_cuda_kernels.py "${options[@]}"
 }
 
 touch "$work/begin"
@@ -121,15 +118,20 @@ tests >/dev/null &
 train
 wait
 [[ ! -e $work/tests.log ]] || tail -n 40 "$work/tests.log"
-benchmark roofline 180 "${roofline[@]}"
-benchmark peers 240 "${peers[@]}"
-benchmark rounds 180 "${rounds[@]}"
+# In one process, which loads and compiles once; the longest comes last.
+commands=()
+for name in roofline rounds peers; do
+    [[ " $only " != *" $name "* ]] || commands+=("$name ${sizes[$name]}")
+done
+((${#commands[@]} == 0)) || step benchmarks 480 python3 bench/suite.py --config "$config" \
+    --pair "$pair" --device "$device" --out "$out" "${commands[@]}"
 
 {
     echo "bench/gpu.sh: $pair on $device, $SECONDS s"
-    for name in $STEPS; do
+    for name in tests train benchmarks; do
         [[ -e $work/$name.outcome ]] && echo "$name: $(<"$work/$name.outcome")"
     done
+    [[ ! -e $work/benchmarks.log ]] || grep '^== .*: ' "$work/benchmarks.log"
 } | tee "$work/summary"
 if [[ -n ${OUT-} ]]; then
     cat "$work"/*.log "$work/summary" >"$OUT/gpu.log"

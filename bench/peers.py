@@ -174,7 +174,9 @@ def systems(setting: Setting) -> dict[str, Method]:
     if isinstance(configured, Tree):
         strategies = {
             f"{threshold:g}": configured.model_copy(update={"prune_threshold": threshold})
-            for threshold in sorted({configured.prune_threshold, *SYSTEM_THRESHOLDS[setting.device.type]})
+            for threshold in sorted(
+                {configured.prune_threshold, *SYSTEM_THRESHOLDS[setting.device.type]}
+            )
         }
     return {
         value: ours(setting, strategy, f"ours, {strategy.describe()}")

@@ -272,6 +272,7 @@ def measure(setting: Setting, context: int, copy_bytes: int, repeats: int) -> di
         "preparation": {
             name: asdict(decoder.runtime.preparation) for name, decoder in decoders.items()
         },
+        "memory": memory(pair, decoders.values()) if kind == "cuda" else None,
     }
 
 

@@ -15,8 +15,10 @@ from functools import cache
 
 import harness
 import torch
+from harness import replaced
 
 from dynatree.errors import DynaTreeError
+from dynatree.pairs import load_models
 
 
 def main() -> int:
@@ -33,28 +35,31 @@ def main() -> int:
         for name in ("config", "pair", "device", "out")
         if (value := getattr(arguments, name)) is not None
     ]
-    # Nobody else changes what it returns.
-    harness.load_models = cache(harness.load_models)
-    failed = 0
-    for command in arguments.benchmark:
-        name, *options = shlex.split(command)
-        begin = time.monotonic()
-        sys.argv = [f"bench/{name}.py", *common, *options]
-        print(f"== {name}", flush=True)
-        try:
-            importlib.import_module(name).main()
-            outcome = "ok"
-        except DynaTreeError as error:
-            outcome = f"failed: {error}"
-        except Exception:
-            traceback.print_exc()
-            outcome = "failed"
-        failed += outcome != "ok"
-        print(f"== {name}: {outcome}, {time.monotonic() - begin:.0f} s", flush=True)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-    return failed
+    # Nobody changes what it returns.
+    with replaced(harness, "load_models", cache(load_models)):
+        return sum(not run(command, common) for command in arguments.benchmark)
+
+
+def run(command: str, common: list[str]) -> bool:
+    """Runs one benchmark with its own options and the common ones; says whether it went well."""
+    name, *options = shlex.split(command)
+    begin = time.monotonic()
+    sys.argv = [f"bench/{name}.py", *common, *options]
+    print(f"== {name}", flush=True)
+    try:
+        importlib.import_module(name).main()
+        outcome = "ok"
+    except DynaTreeError as error:
+        outcome = f"failed: {error}"
+    except Exception:
+        traceback.print_exc()
+        outcome = "failed"
+    print(f"== {name}: {outcome}, {time.monotonic() - begin:.0f} s", flush=True)
+    # The models stay, and the decoders go.
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return outcome == "ok"
 
 
 if __name__ == "__main__":

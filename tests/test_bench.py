@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 
 import harness
 import peers
+import suite
 
 CPU = torch.device("cpu")
 
@@ -110,9 +111,10 @@ def run(micro, tmp_path, monkeypatch, capsys):  # noqa: F811
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     monkeypatch.chdir(tmp_path)
     # One candidate of each family would choose nothing; two keep the test short.
-    for family in ("LINEAR_TOKENS", "ASSISTANT_TOKENS", "LOOKUP_TOKENS"):
+    monkeypatch.setattr(peers, "LINEAR_TOKENS", {"cpu": (2, 3)})
+    for family in ("ASSISTANT_TOKENS", "LOOKUP_TOKENS"):
         monkeypatch.setattr(peers, family, (2, 3))
-    monkeypatch.setattr(peers, "SYSTEM_THRESHOLDS", (0.1,))
+    monkeypatch.setattr(peers, "SYSTEM_THRESHOLDS", {"cpu": (0.1,)})
     monkeypatch.setattr(peers, "CHOOSING_RUNS", 1)
 
     def call(*arguments):
@@ -177,7 +179,7 @@ def test_peers_leaves_the_models_as_they_were(run, monkeypatch):
     )
     shipped = []
 
-    def measure(setting):
+    def measure(setting, wanted):
         target, draft = setting.pair.target, setting.pair.draft
         shipped.append(draft.generation_config)
         assert target.generation_config.eos_token_id is None
@@ -192,6 +194,38 @@ def test_peers_leaves_the_models_as_they_were(run, monkeypatch):
     assert loaded[0].draft.generation_config is shipped[0]
     assert shipped[0].num_assistant_tokens is None
     assert loaded[0].target.generation_config.eos_token_id is not None
+
+
+def test_peers_measures_only_what_is_asked_for(run, tmp_path):
+    run("--tokens", "4", "--methods", "ar", "linear", "generate", "--out", "here")
+    record = json.loads((tmp_path / "here/peers-micro-cpu-auto.json").read_text())
+    assert set(record["methods"]) == {"ar", "linear", "generate"}
+    assert set(record["choices"]) == {"linear"}
+    assert {(entry["of"], entry["to"]) for entry in record["ratios"]} == {
+        ("ar", "generate"),
+        ("linear", "ar"),
+    }
+
+
+def test_a_suite_loads_once_and_goes_on_after_a_failure(run, tmp_path, monkeypatch, capsys):
+    loaded = []
+    load = suite.load_models
+    monkeypatch.setattr(suite, "load_models", lambda *given: loaded.append(given) or load(*given))
+    commands = ["rounds --tokens 4 --contexts 9999", "peers --tokens 4 --methods ar generate"]
+    again = "peers --tokens 5 --methods ar generate --out there"
+    monkeypatch.setattr(sys, "argv", ["bench/suite.py", "--out", "here", *commands, again])
+    assert suite.main() == 1
+    assert len(loaded) == 1
+    outcomes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("== ")]
+    assert [outcome.split(",")[0] for outcome in outcomes[1::2]] == [
+        outcomes[1].split(",")[0],
+        "== peers: ok",
+        "== peers: ok",
+    ]
+    assert outcomes[1].startswith("== rounds: failed: --contexts")
+    for folder, tokens in (("here", 4), ("there", 5)):
+        record = json.loads((tmp_path / folder / "peers-micro-cpu-auto.json").read_text())
+        assert record["setting"]["measure"]["max_new_tokens"] == tokens
 
 
 def test_peers_fails_and_writes_nothing_when_a_method_is_wrong(run, monkeypatch, tmp_path):

@@ -284,15 +284,21 @@ def test_the_forward(kernels, rows):
 
 @pytest.mark.parametrize(
     "strategy",
-    # Every one of them runs on CUDA in `test_gpu.py`.
-    ["ar", "linear", "small_budget", "single_path", "dynamic_depth", "best_first", "ngram_small"],
+    [
+        dynatree.Autoregressive(),
+        dynatree.Linear(num_draft_tokens=2),
+        dynatree.Tree(depth=2, branch_factor=2, prune_threshold=0.05, node_budget=6),
+        STRATEGIES["small_budget"],
+        STRATEGIES["ngram_small"],
+    ],
+    ids=lambda strategy: strategy.describe(),
 )
 def test_decoding_is_exact(kernels, strategy):
-    decoder = decoder_of(STRATEGIES[strategy])
-    for length, new in ((17, 8), (CONTEXT + 1 - 4, 4)):
+    """All strategies, and through graphs, are in `test_gpu.py`."""
+    decoder = decoder_of(strategy)
+    for length, new in ((17, 6), (CONTEXT + 1 - 3, 3)):
         ids = prompt(length).to(DEVICE)
-        wanted = oracle(decoder._models[0], ids, new)
-        assert decoder.decode(ids, new).tokens == wanted
+        assert decoder.decode(ids, new).tokens == oracle(decoder._models[0], ids, new)
 
 
 def test_a_tree_grows_in_place_where_nothing_is_to_be_chosen(kernels, monkeypatch):

@@ -1,8 +1,8 @@
-"""Triton kernels for a few rows: a GPT-NeoX layer in three launches, tree attention, best tokens.
+"""Triton kernels for a few rows: a GPT-NeoX layer, tree attention, best tokens, draft trees.
 
 With a few rows a forward takes the time in which its weights can be read, plus what every launch
-takes to fill and to empty the device, some 3 us. So a layer is what enters it (normalisation and
-both projections that read the hidden state), attention (rotary positions, storing in the KV cache,
+takes to fill and to empty the device, some 3 us. So a layer is what enters it (normalisation, then
+both projections of it at once, with GELU), attention (rotary positions, storing in the KV cache,
 tree mask), and what leaves it (both projections back, and the sum). Sums are in float32, and what
 Transformers rounds to the model's dtype is rounded here.
 
@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from dynatree import triton_kernels as programs
 
 MOST_ROWS = 64
 """Rows that the products here are made for; a library is as fast for more."""
@@ -24,917 +24,11 @@ MOST_ROWS = 64
 MOST_BEST = 8
 """Tokens of a row that `best` finds."""
 
-_SLOTS = 128
-"""KV slots that one program of the attention reads."""
-
 _NARROW = 512
 """Width up to which every program normalises all rows itself."""
 
 _VOCABULARY = 4096
 """Logits that one program of `best` reads."""
-
-
-@triton.jit
-def _wait(EARLY: tl.constexpr):
-    """From here on, all that earlier kernels wrote is there, and the next kernel may begin beside
-    this one: no further one, which would only take room."""
-    if EARLY:
-        gdc_wait()
-        gdc_launch_dependents()
-
-
-@triton.jit
-def _touch(pointers):
-    """Has what lies there read into the L2 cache."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers.to(tl.int64, bitcast=True)],
-        dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
-def _gelu(x):
-    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-
-
-@triton.jit
-def _norm(
-    hidden,
-    gain_1,
-    shift_1,
-    gain_2,
-    shift_2,
-    out_1,
-    out_2,
-    eps,
-    WIDTH: tl.constexpr,
-    PADDED: tl.constexpr,
-    TWICE: tl.constexpr,
-    EARLY: tl.constexpr,
-):
-    """A row, normalised with one or two gains and shifts."""
-    row = tl.program_id(0)
-    at = tl.arange(0, PADDED)
-    inside = at < WIDTH
-    _wait(EARLY)
-    states = tl.load(hidden + row * WIDTH + at, mask=inside, other=0.0).to(tl.float32)
-    states = tl.where(inside, states - tl.sum(states, 0) / WIDTH, 0.0)
-    states *= 1.0 / tl.sqrt(tl.sum(states * states, 0) / WIDTH + eps)
-    gain = tl.load(gain_1 + at, mask=inside, other=0.0).to(tl.float32)
-    shift = tl.load(shift_1 + at, mask=inside, other=0.0).to(tl.float32)
-    kind = out_1.dtype.element_ty
-    tl.store(out_1 + row * WIDTH + at, (states * gain + shift).to(kind), mask=inside)
-    if TWICE:
-        gain = tl.load(gain_2 + at, mask=inside, other=0.0).to(tl.float32)
-        shift = tl.load(shift_2 + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(out_2 + row * WIDTH + at, (states * gain + shift).to(kind), mask=inside)
-
-
-@triton.jit
-def _row_by(
-    states,
-    weight,
-    bias,
-    out,
-    start,
-    WIDTH: tl.constexpr,
-    MAIN: tl.constexpr,
-    REST: tl.constexpr,
-    OUTPUTS: tl.constexpr,
-    GELU: tl.constexpr,
-    EARLY: tl.constexpr,
-):
-    """The whole width at once, as MAIN and up to REST columns: what does not depend on the kernel
-    before is on its way when that ends."""
-    n = start + tl.arange(0, OUTPUTS)
-    a = tl.arange(0, MAIN)
-    b = MAIN + tl.arange(0, REST)
-    more = b < WIDTH
-    kind = out.dtype.element_ty
-    rows = weight + n[:, None] * WIDTH
-    weights_a = tl.load(rows + a[None, :])
-    weights_b = tl.load(rows + b[None, :], mask=more[None, :], other=0.0)
-    added = tl.load(bias + n).to(tl.float32)
-    _wait(EARLY)
-    states_a = tl.load(states + a).to(tl.float32)
-    states_b = tl.load(states + b, mask=more, other=0.0).to(tl.float32)
-    sums = tl.sum(weights_a.to(tl.float32) * states_a[None, :], 1)
-    sums += tl.sum(weights_b.to(tl.float32) * states_b[None, :], 1)
-    result = (sums + added).to(kind)
-    if GELU:
-        result = _gelu(result.to(tl.float32)).to(kind)
-    tl.store(out + n, result)
-
-
-@triton.jit
-def _enter_one(
-    states_1,
-    states_2,
-    weight_1,
-    bias_1,
-    weight_2,
-    bias_2,
-    out_1,
-    out_2,
-    WIDTH: tl.constexpr,
-    MAIN: tl.constexpr,
-    REST: tl.constexpr,
-    FIRST: tl.constexpr,
-    OUTPUTS: tl.constexpr,
-    EARLY: tl.constexpr,
-):
-    """For one row: `out_1` = states 1 by weight 1, `out_2` = GELU(states 2 by weight 2)."""
-    program = tl.program_id(0)
-    if program < FIRST:
-        _row_by(
-            states_1, weight_1, bias_1, out_1, program * OUTPUTS,
-            WIDTH, MAIN, REST, OUTPUTS, False, EARLY,
-        )  # fmt: skip
-    else:
-        _row_by(
-            states_2, weight_2, bias_2, out_2, (program - FIRST) * OUTPUTS,
-            WIDTH, MAIN, REST, OUTPUTS, True, EARLY,
-        )  # fmt: skip
-
-
-@triton.jit
-def _leave_one(
-    hidden,
-    attended,
-    active,
-    weight_1,
-    bias_1,
-    weight_2,
-    bias_2,
-    out,
-    WIDTH: tl.constexpr,
-    INNER: tl.constexpr,
-    LINES: tl.constexpr,
-    OUTPUTS: tl.constexpr,
-    STEP: tl.constexpr,
-    EARLY: tl.constexpr,
-):
-    """For one row: `hidden` + `attended` by weight 1 + `active` by weight 2."""
-    n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
-    k = tl.arange(0, STEP)
-    kind = out.dtype.element_ty
-    rows_1 = weight_1 + n[:, None] * WIDTH
-    rows_2 = weight_2 + n[:, None] * INNER
-    if EARLY:
-        line = tl.minimum(tl.arange(0, LINES) * 64, WIDTH - 1)
-        _touch(rows_2 + line[None, :])
-        _touch(rows_1 + line[None, :])
-    _wait(EARLY)
-    sums = tl.zeros((OUTPUTS, STEP), tl.float32)
-    for at in tl.static_range(0, INNER, STEP):
-        weights = tl.load(rows_2 + (at + k)[None, :])
-        sums += weights.to(tl.float32) * tl.load(active + at + k).to(tl.float32)[None, :]
-    second = (tl.sum(sums, 1) + tl.load(bias_2 + n).to(tl.float32)).to(kind).to(tl.float32)
-    sums = tl.zeros((OUTPUTS, STEP), tl.float32)
-    for at in tl.static_range(0, WIDTH, STEP):
-        weights = tl.load(rows_1 + (at + k)[None, :])
-        sums += weights.to(tl.float32) * tl.load(attended + at + k).to(tl.float32)[None, :]
-    first = (tl.sum(sums, 1) + tl.load(bias_1 + n).to(tl.float32)).to(kind).to(tl.float32)
-    both = (second + first).to(kind).to(tl.float32)
-    tl.store(out + n, (both + tl.load(hidden + n).to(tl.float32)).to(kind))
-
-
-@triton.jit
-def _rows_by(
-    states,
-    weight,
-    rows,
-    start,
-    first,
-    WIDTH: tl.constexpr,
-    COUNT: tl.constexpr,
-    ROWS: tl.constexpr,
-    OUTPUTS: tl.constexpr,
-    STEP: tl.constexpr,
-    STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
-    EARLY: tl.constexpr,
-):
-    """[OUTPUTS, ROWS], over the columns `first` to `first` + COUNT of both."""
-    n = start + tl.arange(0, OUTPUTS)
-    m = tl.arange(0, ROWS)
-    k = tl.arange(0, STEP)
-    sums = tl.zeros((OUTPUTS, ROWS), tl.float32)
-    weights = weight + n[:, None] * WIDTH + first + k[None, :]
-    inputs = states + m[None, :] * WIDTH + first + k[:, None]
-    inside = m[None, :] < rows
-    if EARLY:
-        _touch(weight + n[:, None] * WIDTH + first + tl.arange(0, 4)[None, :] * 64)
-    _wait(EARLY)
-    for at in tl.range(0, COUNT, STEP, num_stages=STAGES):
-        left = tl.load(weights + at)
-        right = tl.load(inputs + at, mask=inside, other=0.0)
-        sums = tl.dot(left, right, sums, input_precision=PRECISION)
-    return sums
-
-
-@triton.jit
-def _enter_rows_by(
-    states,
-    weight,
-    bias,
-    out,
-    rows,
-    start,
-    total,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    OUTPUTS: tl.constexpr,
-    STEP: tl.constexpr,
-    STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
-    GELU: tl.constexpr,
-    EARLY: tl.constexpr,
-):
-    sums = _rows_by(
-        states,
-        weight,
-        rows,
-        start,
-        0,
-        WIDTH,
-        WIDTH,
-        ROWS,
-        OUTPUTS,
-        STEP,
-        STAGES,
-        PRECISION,
-        EARLY,
-    )
-    n = start + tl.arange(0, OUTPUTS)
-    m = tl.arange(0, ROWS)
-    kind = out.dtype.element_ty
-    result = (sums + tl.load(bias + n).to(tl.float32)[:, None]).to(kind)
-    if GELU:
-        result = _gelu(result.to(tl.float32)).to(kind)
-    tl.store(out + m[None, :] * total + n[:, None], result, mask=m[None, :] < rows)
-
-
-@triton.jit
-def _enter_many(
-    states_1,
-    states_2,
-    weight_1,
-    bias_1,
-    weight_2,
-    bias_2,
-    out_1,
-    out_2,
-    rows,
-    total_1,
-    total_2,
-    WIDTH: tl.constexpr,
-    FIRST: tl.constexpr,
-    ROWS: tl.constexpr,
-    OUTPUTS: tl.constexpr,
-    STEP: tl.constexpr,
-    STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
-    EARLY: tl.constexpr,
-):
-    """`_enter_one` for several rows."""
-    program = tl.program_id(0)
-    if program < FIRST:
-        _enter_rows_by(
-            states_1, weight_1, bias_1, out_1, rows, program * OUTPUTS, total_1,
-            WIDTH, ROWS, OUTPUTS, STEP, STAGES, PRECISION, False, EARLY,
-        )  # fmt: skip
-    else:
-        _enter_rows_by(
-            states_2, weight_2, bias_2, out_2, rows, (program - FIRST) * OUTPUTS, total_2,
-            WIDTH, ROWS, OUTPUTS, STEP, STAGES, PRECISION, True, EARLY,
-        )  # fmt: skip
-
-
-@triton.jit
-def _normed_rows_by(
-    hidden,
-    gain,
-    shift,
-    weight,
-    bias,
-    out,
-    rows,
-    start,
-    total,
-    eps,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    OUTPUTS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    GELU: tl.constexpr,
-    EARLY: tl.constexpr,
-):
-    n = start + tl.arange(0, OUTPUTS)
-    m = tl.arange(0, ROWS)
-    k = tl.arange(0, WIDTH)
-    kind = out.dtype.element_ty
-    weights = tl.load(weight + n[:, None] * WIDTH + k[None, :])
-    gains = tl.load(gain + k).to(tl.float32)
-    shifts = tl.load(shift + k).to(tl.float32)
-    added = tl.load(bias + n).to(tl.float32)
-    _wait(EARLY)
-    inside = m[:, None] < rows
-    states = tl.load(hidden + m[:, None] * WIDTH + k[None, :], mask=inside, other=0.0)
-    states = states.to(tl.float32)
-    states -= (tl.sum(states, 1) / WIDTH)[:, None]
-    states *= (1.0 / tl.sqrt(tl.sum(states * states, 1) / WIDTH + eps))[:, None]
-    states = (states * gains[None, :] + shifts[None, :]).to(kind)
-    sums = tl.dot(weights, tl.trans(states), input_precision=PRECISION)
-    result = (sums + added[:, None]).to(kind)
-    if GELU:
-        result = _gelu(result.to(tl.float32)).to(kind)
-    tl.store(out + m[None, :] * total + n[:, None], result, mask=m[None, :] < rows)
-
-
-@triton.jit
-def _enter_narrow(
-    hidden,
-    gain_1,
-    shift_1,
-    gain_2,
-    shift_2,
-    weight_1,
-    bias_1,
-    weight_2,
-    bias_2,
-    out_1,
-    out_2,
-    rows,
-    total_1,
-    total_2,
-    eps,
-    WIDTH: tl.constexpr,
-    FIRST: tl.constexpr,
-    ROWS: tl.constexpr,
-    OUTPUTS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    EARLY: tl.constexpr,
-):
-    """Normalisation and `_enter_many` in one, for a width of which a program can hold all rows."""
-    program = tl.program_id(0)
-    if program < FIRST:
-        _normed_rows_by(
-            hidden, gain_1, shift_1, weight_1, bias_1, out_1, rows, program * OUTPUTS, total_1,
-            eps, WIDTH, ROWS, OUTPUTS, PRECISION, False, EARLY,
-        )  # fmt: skip
-    else:
-        _normed_rows_by(
-            hidden, gain_2, shift_2, weight_2, bias_2, out_2, rows, (program - FIRST) * OUTPUTS,
-            total_2, eps, WIDTH, ROWS, OUTPUTS, PRECISION, True, EARLY,
-        )  # fmt: skip
-
-
-@triton.jit
-def _leave_many(
-    hidden,
-    attended,
-    active,
-    weight_1,
-    bias_1,
-    weight_2,
-    bias_2,
-    out,
-    parts,
-    finished,
-    rows,
-    WIDTH: tl.constexpr,
-    INNER: tl.constexpr,
-    SPLITS: tl.constexpr,
-    ROWS: tl.constexpr,
-    OUTPUTS: tl.constexpr,
-    STEP: tl.constexpr,
-    STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
-    EARLY: tl.constexpr,
-):
-    """`_leave_one` for several rows; the second product is split among SPLITS programs."""
-    tile = tl.program_id(0)
-    split = tl.program_id(1)
-    start = tile * OUTPUTS
-    n = start + tl.arange(0, OUTPUTS)
-    m = tl.arange(0, ROWS)
-    inside = (m[None, :] < rows) & (n[:, None] < WIDTH)
-    at = m[None, :] * WIDTH + n[:, None]
-    size = ROWS * WIDTH
-    if split == 0:
-        sums = _rows_by(
-            attended,
-            weight_1,
-            rows,
-            start,
-            0,
-            WIDTH,
-            WIDTH,
-            ROWS,
-            OUTPUTS,
-            STEP,
-            STAGES,
-            PRECISION,
-            EARLY,
-        )
-        tl.store(parts + at, sums)
-    else:
-        sums = _rows_by(
-            active, weight_2, rows, start, (split - 1) * (INNER // SPLITS), INNER, INNER // SPLITS,
-            ROWS, OUTPUTS, STEP, STAGES, PRECISION, EARLY,
-        )  # fmt: skip
-        tl.store(parts + split * size + at, sums)
-    # All threads have stored before one of them says so.
-    tl.debug_barrier()
-    if tl.atomic_add(finished + tile, 1, sem="acq_rel") == SPLITS:
-        kind = out.dtype.element_ty
-        first = tl.load(parts + at, cache_modifier=".cg")
-        second = tl.zeros((OUTPUTS, ROWS), tl.float32)
-        for part in tl.static_range(1, SPLITS + 1):
-            second += tl.load(parts + part * size + at, cache_modifier=".cg")
-        first += tl.load(bias_1 + n).to(tl.float32)[:, None]
-        second += tl.load(bias_2 + n).to(tl.float32)[:, None]
-        both = second.to(kind).to(tl.float32) + first.to(kind).to(tl.float32)
-        before = tl.load(hidden + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(out + at, (both.to(kind).to(tl.float32) + before).to(kind), mask=inside)
-        tl.store(finished + tile, 0)
-
-
-@triton.jit
-def _rotated(
-    states,
-    cosines,
-    sines,
-    positions,
-    rows,
-    inside,
-    stride,
-    SIZE: tl.constexpr,
-    PADDED: tl.constexpr,
-    ROTARY: tl.constexpr,
-):
-    """Rows of queries or keys at their rotary positions, as [n, PADDED]."""
-    d = tl.arange(0, PADDED)
-    kind = states.dtype.element_ty
-    at = rows[:, None] * stride
-    held = inside[:, None] & (d < SIZE)[None, :]
-    turned = inside[:, None] & (d < ROTARY)[None, :]
-    half: tl.constexpr = ROTARY // 2
-    other = tl.where(d < half, d + half, d - half)
-    sign = tl.where(d < half, -1.0, 1.0)
-    own = tl.load(states + at + d[None, :], mask=held, other=0.0).to(tl.float32)
-    partner = tl.load(states + at + other[None, :], mask=turned, other=0.0).to(tl.float32)
-    angle = tl.load(positions + rows, mask=inside, other=0)[:, None] * ROTARY + d[None, :]
-    cosine = tl.load(cosines + angle, mask=turned, other=1.0).to(tl.float32)
-    sine = tl.load(sines + angle, mask=turned, other=0.0).to(tl.float32)
-    straight = (own * cosine).to(kind).to(tl.float32)
-    across = (partner * sign[None, :] * sine).to(kind).to(tl.float32)
-    return (straight + across).to(kind)
-
-
-@triton.jit
-def _against(
-    queries,
-    key,
-    value,
-    seen,
-    scale,
-    peak,
-    total,
-    sums,
-    MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """One step of a softmax over pieces (Milakov and Gimelshein, 2018, arXiv:1805.02867)."""
-    scores = tl.dot(queries, key, input_precision=PRECISION) * scale
-    if MASKED:
-        scores = tl.where(seen, scores, -1.0e30)
-    higher = tl.maximum(peak, tl.max(scores, 1))
-    weights = tl.exp(scores - higher[:, None])
-    if MASKED:
-        weights = tl.where(seen, weights, 0.0)
-    fade = tl.exp(peak - higher)
-    total = total * fade + tl.sum(weights, 1)
-    sums = sums * fade[:, None]
-    sums = tl.dot(weights.to(value.dtype), value, sums, input_precision=PRECISION)
-    return higher, total, sums
-
-
-@triton.jit
-def _divide_mask(
-    mask,
-    slots,
-    old,
-    new,
-    common,
-    used,
-    rows,
-    visible,
-    PADDED: tl.constexpr,
-    EARLY: tl.constexpr,
-):
-    """A row of a mask without the `slots` [rows], and what it says of these; how many slots it
-    shows before the first that it hides, and before all that come after the last."""
-    row = tl.program_id(0)
-    j = tl.arange(0, PADDED)
-    inside = j < rows
-    _wait(EARLY)
-    slot = tl.load(slots + j, mask=inside, other=0)
-    shown = tl.load(mask + row * visible + slot, mask=inside, other=0)
-    tl.store(new + row * rows + j, shown, mask=inside)
-    for first in range(0, visible, 1024):
-        at = first + tl.arange(0, 1024)
-        there = at < visible
-        copied = tl.load(mask + row * visible + at, mask=there, other=0)
-        tl.store(old + row * visible + at, copied, mask=there)
-    # What is stored next comes after it.
-    tl.debug_barrier()
-    tl.store(old + row * visible + slot, tl.zeros((PADDED,), tl.uint8), mask=inside)
-    tl.debug_barrier()
-    hidden = visible
-    last = 0
-    for first in range(0, visible, 1024):
-        at = first + tl.arange(0, 1024)
-        copied = tl.load(old + row * visible + at, mask=at < visible, other=0)
-        hidden = tl.minimum(hidden, tl.min(tl.where(copied == 0, at, visible), 0))
-        last = tl.maximum(last, tl.max(tl.where(copied != 0, at + 1, 0), 0))
-    tl.store(common + row, hidden)
-    tl.store(used + row, last)
-
-
-@triton.jit
-def _attend(
-    states,
-    cosines,
-    sines,
-    positions,
-    slots,
-    old,
-    new,
-    common,
-    used,
-    keys,
-    values,
-    out,
-    parts,
-    peaks,
-    totals,
-    finished,
-    rows,
-    visible,
-    stride,
-    scale,
-    HEADS: tl.constexpr,
-    SIZE: tl.constexpr,
-    PADDED: tl.constexpr,
-    ROTARY: tl.constexpr,
-    ROWS: tl.constexpr,
-    SLOTS: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    ONE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    EARLY: tl.constexpr,
-):
-    """One head's queries of ROWS rows against CHUNKS * SLOTS slots, or against the new tokens.
-
-    The last split is that of the new tokens, which come from `states` and are stored in the cache
-    beside; the mask of the others hides the slots where they are being stored.
-    """
-    head = tl.program_id(0)
-    split = tl.program_id(1)
-    block = tl.program_id(2)
-    splits = tl.num_programs(1)
-    kind = out.dtype.element_ty
-    width: tl.constexpr = HEADS * SIZE
-    m = block * ROWS + tl.arange(0, ROWS)
-    inside = m < rows
-    d = tl.arange(0, PADDED)
-    held = d < SIZE
-    own = states + head * 3 * SIZE
-    peak = tl.full((ROWS,), -1.0e30, tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    sums = tl.zeros((ROWS, PADDED), tl.float32)
-    if split < splits - 1:
-        if CHUNKS == 1:
-            s = split * SLOTS + tl.arange(0, SLOTS)
-            there = s < visible
-            at = head * stride + s * SIZE
-            key = tl.load(
-                keys + at[None, :] + d[:, None], mask=held[:, None] & there[None, :], other=0.0
-            )
-            value = tl.load(
-                values + at[:, None] + d[None, :], mask=there[:, None] & held[None, :], other=0.0
-            )
-            seen = inside[:, None] & there[None, :]
-            seen = tl.load(old + m[:, None] * visible + s[None, :], mask=seen, other=0) != 0
-            _wait(EARLY)
-            queries = _rotated(
-                own, cosines, sines, positions, m, inside, 3 * width, SIZE, PADDED, ROTARY
-            )
-            peak, total, sums = _against(
-                queries, key, value, seen, scale, peak, total, sums, True, PRECISION
-            )
-        else:
-            _wait(EARLY)
-            queries = _rotated(
-                own, cosines, sines, positions, m, inside, 3 * width, SIZE, PADDED, ROTARY
-            )
-            # Most slots hold what all rows are shown: nothing is asked there.
-            lowest = tl.min(tl.load(common + m, mask=inside, other=visible), 0)
-            last = tl.max(tl.load(used + m, mask=inside, other=0), 0)
-            begin = split * CHUNKS * SLOTS
-            end = tl.minimum(begin + CHUNKS * SLOTS, last)
-            whole = tl.maximum(tl.minimum(lowest, end) - begin, 0) // SLOTS
-            i = tl.arange(0, SLOTS)
-            for chunk in tl.range(0, whole, num_stages=3):
-                at = head * stride + (begin + chunk * SLOTS + i) * SIZE
-                key = tl.load(keys + at[None, :] + d[:, None], mask=held[:, None], other=0.0)
-                value = tl.load(values + at[:, None] + d[None, :], mask=held[None, :], other=0.0)
-                peak, total, sums = _against(
-                    queries, key, value, inside, scale, peak, total, sums, False, PRECISION
-                )
-            for first in range(begin + whole * SLOTS, end, SLOTS):
-                s = first + i
-                there = s < visible
-                at = head * stride + s * SIZE
-                key = tl.load(
-                    keys + at[None, :] + d[:, None], mask=held[:, None] & there[None, :], other=0.0
-                )
-                value = tl.load(
-                    values + at[:, None] + d[None, :],
-                    mask=there[:, None] & held[None, :],
-                    other=0.0,
-                )
-                seen = inside[:, None] & there[None, :]
-                seen = tl.load(old + m[:, None] * visible + s[None, :], mask=seen, other=0) != 0
-                peak, total, sums = _against(
-                    queries, key, value, seen, scale, peak, total, sums, True, PRECISION
-                )
-    else:
-        _wait(EARLY)
-        queries = _rotated(
-            own, cosines, sines, positions, m, inside, 3 * width, SIZE, PADDED, ROTARY
-        )
-        for first in range(0, rows, ROWS):
-            j = first + tl.arange(0, ROWS)
-            there = j < rows
-            slot = tl.load(slots + j, mask=there, other=0)
-            both = there[:, None] & held[None, :]
-            key = _rotated(
-                own + SIZE, cosines, sines, positions, j, there, 3 * width, SIZE, PADDED, ROTARY
-            )
-            value = tl.load(
-                own + 2 * SIZE + j[:, None] * 3 * width + d[None, :], mask=both, other=0.0
-            )
-            if first == block * ROWS:
-                at = head * stride + slot[:, None] * SIZE + d[None, :]
-                tl.store(keys + at, key, mask=both)
-                tl.store(values + at, value, mask=both)
-            seen = inside[:, None] & there[None, :]
-            seen = tl.load(new + m[:, None] * rows + j[None, :], mask=seen, other=0) != 0
-            peak, total, sums = _against(
-                queries, tl.trans(key), value, seen, scale, peak, total, sums, True, PRECISION
-            )
-    group = head * tl.num_programs(2) + block
-    i = tl.arange(0, ROWS)
-    note = (group * splits + split) * ROWS + i
-    tl.store(peaks + note, peak, mask=inside)
-    tl.store(totals + note, total, mask=inside)
-    tl.store(parts + note[:, None] * PADDED + d[None, :], sums, mask=inside[:, None])
-    # All threads have stored before one of them says so.
-    tl.debug_barrier()
-    if tl.atomic_add(finished + group, 1, sem="acq_rel") == splits - 1:
-        if ONE:
-            p = tl.arange(0, SPLITS)
-            of = (group * splits + p) * ROWS
-            highs = tl.load(peaks + of, mask=p < splits, other=-1.0e30, cache_modifier=".cg")
-            counts = tl.load(totals + of, mask=p < splits, other=0.0, cache_modifier=".cg")
-            part = tl.load(
-                parts + of[:, None] * PADDED + d[None, :],
-                mask=(p < splits)[:, None],
-                other=0.0,
-                cache_modifier=".cg",
-            )
-            gains = tl.exp(highs - tl.max(highs, 0))
-            mixed = tl.sum(part * gains[:, None], 0) / tl.sum(counts * gains, 0)
-            tl.store(out + block * ROWS * width + head * SIZE + d, mixed.to(kind), mask=held)
-        else:
-            most = tl.full((ROWS,), -1.0e30, tl.float32)
-            whole = tl.zeros((ROWS,), tl.float32)
-            mixed = tl.zeros((ROWS, PADDED), tl.float32)
-            for p in tl.range(0, splits, loop_unroll_factor=4):
-                of = (group * splits + p) * ROWS + i
-                high = tl.load(peaks + of, mask=inside, other=0.0, cache_modifier=".cg")
-                count = tl.load(totals + of, mask=inside, other=1.0, cache_modifier=".cg")
-                part = tl.load(
-                    parts + of[:, None] * PADDED + d[None, :],
-                    mask=inside[:, None],
-                    other=0.0,
-                    cache_modifier=".cg",
-                )
-                higher = tl.maximum(most, high)
-                fade, gain = tl.exp(most - higher), tl.exp(high - higher)
-                whole = whole * fade + count * gain
-                mixed = mixed * fade[:, None] + part * gain[:, None]
-                most = higher
-            to = out + m[:, None] * width + head * SIZE + d[None, :]
-            both = inside[:, None] & held[None, :]
-            tl.store(to, (mixed / whole[:, None]).to(kind), mask=both)
-        tl.store(finished + group, 0)
-
-
-@triton.jit
-def _select_rows(table, indices, out, WIDTH: tl.constexpr, PART: tl.constexpr, EARLY: tl.constexpr):
-    row = tl.program_id(0)
-    at = tl.program_id(1) * PART + tl.arange(0, PART)
-    inside = at < WIDTH
-    _wait(EARLY)
-    chosen = tl.load(indices + row)
-    tl.store(out + row * WIDTH + at, tl.load(table + chosen * WIDTH + at, mask=inside), mask=inside)
-
-
-@triton.jit
-def _select_columns(table, indices, out, count, stride, PART: tl.constexpr, EARLY: tl.constexpr):
-    row = tl.program_id(0)
-    at = tl.program_id(1) * PART + tl.arange(0, PART)
-    inside = at < count
-    _wait(EARLY)
-    chosen = tl.load(indices + at, mask=inside, other=0)
-    found = tl.load(table + row * stride + chosen, mask=inside, other=0)
-    tl.store(out + row * count + at, found, mask=inside)
-
-
-@triton.jit
-def _grow(
-    values,
-    best,
-    above,
-    tokens,
-    parents,
-    depths,
-    log_probs,
-    attends,
-    first,
-    size,
-    least,
-    columns,
-    CHILDREN: tl.constexpr,
-    PADDED: tl.constexpr,
-):
-    """A node of the next level."""
-    index = tl.program_id(0)
-    parent = first + index // CHILDREN
-    row = size + index
-    log_prob = tl.load(values + index) + tl.load(above + index // CHILDREN)
-    # What is not a number is not less.
-    tl.store(log_probs + row, tl.where(log_prob < least, float("-inf"), log_prob))
-    tl.store(tokens + row, tl.load(best + index))
-    tl.store(parents + row, parent)
-    tl.store(depths + row, tl.load(depths + parent) + 1)
-    at = tl.arange(0, PADDED)
-    inside = at < columns
-    path = tl.load(attends + parent * columns + at, mask=inside, other=0)
-    tl.store(attends + row * columns + at, tl.where(at == 1 + row, 1, path), mask=inside)
-
-
-@triton.jit
-def _compact(
-    tokens,
-    parents,
-    depths,
-    log_probs,
-    attends,
-    kept_tokens,
-    kept_parents,
-    kept_depths,
-    kept_log_probs,
-    kept_attends,
-    nodes,
-    size,
-    dead,
-    columns,
-    kept_columns,
-    PADDED: tl.constexpr,
-):
-    """A row of a tree that holds the living nodes of another; the rest is its row `dead`."""
-    row = tl.program_id(0)
-    index = tl.arange(0, PADDED)
-    inside = index < size
-    living = tl.load(log_probs + index, mask=inside, other=float("-inf")) != float("-inf")
-    places = tl.cumsum(living.to(tl.int32), 0) - 1
-    at = tl.arange(0, PADDED)
-    tl.store(
-        kept_attends + row * kept_columns + 1 + at,
-        tl.zeros((PADDED,), tl.uint8),
-        mask=at < kept_columns - 1,
-    )
-    if row < size:
-        own = tl.sum(tl.where(living & (places == row), index, 0), 0)
-        node = tl.where(row < tl.sum(living.to(tl.int32), 0), own, dead)
-        tl.store(nodes + row, node.to(tl.int64))
-        tl.store(kept_tokens + row, tl.load(tokens + node))
-        tl.store(kept_depths + row, tl.load(depths + node))
-        tl.store(kept_log_probs + row, tl.load(log_probs + node))
-        parent = tl.load(parents + node)
-        place = tl.sum(tl.where(index == parent, places, 0), 0)
-        tl.store(kept_parents + row, place.to(tl.int64))
-        path = tl.load(attends + node * columns + 1 + index, mask=living, other=0)
-        # What is stored next comes after the zeros.
-        tl.debug_barrier()
-        tl.store(kept_attends + row * kept_columns + 1 + places, path, mask=living)
-
-
-@triton.jit
-def _move_slots(
-    storage,
-    sources,
-    destinations,
-    count,
-    stride,
-    SIZE: tl.constexpr,
-    PADDED: tl.constexpr,
-    COUNT: tl.constexpr,
-):
-    i = tl.arange(0, COUNT)
-    d = tl.arange(0, PADDED)
-    inside = (i < count)[:, None] & (d < SIZE)[None, :]
-    own = storage + tl.program_id(0).to(tl.int64) * stride
-    source = tl.load(sources + i, mask=i < count, other=0)
-    destination = tl.load(destinations + i, mask=i < count, other=0)
-    moved = tl.load(own + source[:, None] * SIZE + d[None, :], mask=inside)
-    # All is read before anything is overwritten.
-    tl.debug_barrier()
-    tl.store(own + destination[:, None] * SIZE + d[None, :], moved, mask=inside)
-
-
-@triton.jit
-def _best(
-    logits,
-    values,
-    tokens,
-    part_values,
-    part_tokens,
-    part_sums,
-    finished,
-    vocabulary,
-    COUNT: tl.constexpr,
-    SIZE: tl.constexpr,
-    PARTS: tl.constexpr,
-    FINALISTS: tl.constexpr,
-    LOG_PROBS: tl.constexpr,
-    EARLY: tl.constexpr,
-):
-    """The COUNT largest of a row in falling order, the smaller token first where they are equal."""
-    row = tl.program_id(0)
-    part = tl.program_id(1)
-    parts = tl.num_programs(1)
-    _wait(EARLY)
-    token = part * SIZE + tl.arange(0, SIZE)
-    inside = token < vocabulary
-    found = tl.load(logits + row * vocabulary + token, mask=inside, other=float("-inf"))
-    found = found.to(tl.float32)
-    broken = tl.max((found != found).to(tl.int32), 0)
-    peak = tl.max(found, 0)
-    total = tl.sum(tl.exp(found - tl.maximum(peak, -1.0e30)), 0)
-    total = tl.where(broken > 0, float("nan"), total)
-    base = (row * parts + part) * COUNT
-    for rank in tl.static_range(COUNT):
-        value = tl.max(found, 0)
-        best = tl.min(tl.where((found == value) & inside, token, vocabulary), 0)
-        tl.store(part_values + base + rank, value)
-        tl.store(part_tokens + base + rank, best)
-        found = tl.where(token == best, float("-inf"), found)
-    tl.store(part_sums + row * parts + part, total)
-    # All threads have stored before one of them says so.
-    tl.debug_barrier()
-    if tl.atomic_add(finished + row, 1, sem="acq_rel") == parts - 1:
-        p = tl.arange(0, PARTS)
-        some = p < parts
-        at = row * parts + p
-        peaks = tl.load(
-            part_values + at * COUNT, mask=some, other=float("-inf"), cache_modifier=".cg"
-        )
-        sums = tl.load(part_sums + at, mask=some, other=0.0, cache_modifier=".cg")
-        peak = tl.maximum(tl.max(peaks, 0), -1.0e30)
-        total = tl.sum(sums * tl.exp(tl.maximum(peaks, -1.0e30) - peak), 0)
-        spoilt = total != total
-        c = tl.arange(0, FINALISTS)
-        some = c < parts * COUNT
-        at = row * parts * COUNT + c
-        left = tl.load(part_values + at, mask=some, other=float("-inf"), cache_modifier=".cg")
-        named = tl.load(part_tokens + at, mask=some, other=vocabulary, cache_modifier=".cg")
-        for rank in tl.static_range(COUNT):
-            value = tl.max(left, 0)
-            best = tl.min(tl.where((left == value) & some, named, vocabulary), 0)
-            left = tl.where(named == best, float("-inf"), left)
-            if LOG_PROBS:
-                value = value - peak - tl.log(total)
-            value = tl.where(spoilt, float("nan"), value)
-            tl.store(values + row * COUNT + rank, value)
-            tl.store(tokens + row * COUNT + rank, tl.minimum(best, vocabulary - 1).to(tl.int64))
-        tl.store(finished + row, 0)
 
 
 def _power(count: int) -> int:
@@ -974,16 +68,34 @@ def _early(rows: int) -> bool:
     return _DEPENDENT and (rows == 1 or rows > 32)
 
 
-TUNING: dict[str, Any] = {
-    "enter_one": (2, 4),
-    "leave_one": (1, 512, 4),
-    "enter_many": (64, 64, 4, 4),
-    "leave_many": (64, 128, 3, 4),
-    "attend_one": (16, 64, 1, 4),
-    "attend_few": (16, 64, 4, 4),
-    "attend_some": (32, 64, 4, 4),
-    "attend_many": (32, 64, 8, 4),
+class _Product(NamedTuple):
+    """How a product is divided among programs: outputs of one, inputs of a step, loads ahead."""
+
+    outputs: int
+    step: int
+    stages: int
+    warps: int
+
+
+class _Attention(NamedTuple):
+    """How attention is: rows and slots of a step, steps of a program."""
+
+    rows: int
+    slots: int
+    steps: int
+    warps: int
+
+
+# The best of a few on an H200, in whole forwards of Pythia's geometry at 1000 tokens of context.
+_ENTER_ONE, _LEAVE_ONE = _Product(2, 0, 1, 4), _Product(1, 512, 1, 4)
+_ENTER_MANY, _LEAVE_MANY = _Product(64, 64, 4, 4), _Product(64, 128, 3, 4)
+_ATTEND = {
+    1: _Attention(16, 64, 1, 4),
+    16: _Attention(16, 64, 4, 4),
+    32: _Attention(32, 64, 4, 4),
+    MOST_ROWS: _Attention(32, 64, 8, 4),
 }
+"""By the most rows that it is for."""
 
 
 def select_rows(table: Tensor, indices: Tensor) -> Tensor:
@@ -991,7 +103,7 @@ def select_rows(table: Tensor, indices: Tensor) -> Tensor:
     rows, width = len(indices), table.shape[1]
     early = _early(rows)
     out = table.new_empty(rows, width)
-    _select_rows[(rows, triton.cdiv(width, 1024))](
+    programs.select_rows[(rows, triton.cdiv(width, 1024))](
         table, indices, out, width, 1024, early, num_warps=4, launch_pdl=early
     )
     return out
@@ -1002,8 +114,9 @@ def select_columns(table: Tensor, indices: Tensor) -> Tensor:
     rows, count = len(table), len(indices)
     early = _early(rows)
     out = table.new_empty(rows, count)
-    _select_columns[(rows, triton.cdiv(count, 1024))](
-        table.view(torch.uint8), indices, out.view(torch.uint8), count, table.stride(0), 1024, early,
+    programs.select_columns[(rows, triton.cdiv(count, 1024))](
+        table.view(torch.uint8), indices, out.view(torch.uint8), count, table.stride(0), 1024,
+        early,
         num_warps=4, launch_pdl=early,
     )  # fmt: skip
     return out
@@ -1030,7 +143,7 @@ def grow(
     """
     tokens, parents, depths, log_probs, attends = tree
     columns = attends.shape[1]
-    _grow[(values.numel(),)](
+    programs.grow[(values.numel(),)](
         values, best, above, tokens, parents, depths, log_probs, attends.view(torch.uint8),
         first, size, least, columns, values.shape[1], _power(columns),
         num_warps=4,
@@ -1048,7 +161,7 @@ def compact(grown: tuple[Tensor, ...], size: int, kept: tuple[Tensor, ...]) -> T
     """
     nodes = torch.empty(size, dtype=torch.long, device=grown[0].device)
     columns, kept_columns = grown[4].shape[1], kept[4].shape[1]
-    _compact[(len(kept[0]),)](
+    programs.compact[(len(kept[0]),)](
         *grown[:4], grown[4].view(torch.uint8), *kept[:4], kept[4].view(torch.uint8), nodes,
         size, len(grown[0]) - 1, columns, kept_columns, _power(max(columns, kept_columns)),
         num_warps=4,
@@ -1060,7 +173,7 @@ def move_slots(storage: Tensor, sources: Tensor, destinations: Tensor) -> None:
     """Copies `storage` [..., slots, size] at the slots `sources` [k] to `destinations` [k]."""
     slots, size = storage.shape[-2:]
     stride = slots * size
-    _move_slots[(storage.numel() // stride,)](
+    programs.move_slots[(storage.numel() // stride,)](
         storage, sources, destinations, len(sources), stride, size, _power(size),
         _power(len(sources)),
         num_warps=1,
@@ -1073,7 +186,7 @@ def norm(hidden: Tensor, norms: list[Any]) -> list[Tensor]:
     early = _early(len(hidden))
     outputs = [torch.empty_like(hidden) for _ in norms]
     first, last = norms[0], norms[-1]
-    _norm[(len(hidden),)](
+    programs.norm[(len(hidden),)](
         hidden, first.weight, first.bias, last.weight, last.bias, outputs[0], outputs[-1],
         first.eps, width, _power(width), len(norms) > 1, early,
         num_warps=8, launch_pdl=early,
@@ -1096,7 +209,7 @@ def enter(hidden: Tensor, norms: list[Any], linears: list[Any]) -> list[Tensor]:
     if width <= _NARROW and width == _power(width):
         count = _divisor(32, *totals)
         scales = [tensor for each in norms for tensor in (each.weight, each.bias)]
-        _enter_narrow[(sum(totals) // count,)](
+        programs.enter_narrow[(sum(totals) // count,)](
             hidden, *scales, *weights, *outputs, rows, *totals, norms[0].eps,
             width, totals[0] // count, padded, count, _precision(hidden), early,
             num_warps=4 if padded == 16 else 8, launch_pdl=early,
@@ -1104,19 +217,19 @@ def enter(hidden: Tensor, norms: list[Any], linears: list[Any]) -> list[Tensor]:
         return outputs
     normed = norm(hidden, norms)
     if rows == 1:
-        count, warps = TUNING["enter_one"]
-        count = _divisor(count, *totals)
-        _enter_one[(sum(totals) // count,)](
+        how = _ENTER_ONE
+        count = _divisor(how.outputs, *totals)
+        programs.enter_one[(sum(totals) // count,)](
             *normed, *weights, *outputs, width, *_halves(width), totals[0] // count, count, early,
-            num_warps=warps, launch_pdl=early,
+            num_warps=how.warps, launch_pdl=early,
         )  # fmt: skip
         return outputs
-    count, step, stages, warps = TUNING["enter_many"]
-    count, step = _divisor(count, *totals), _divisor(step, width)
-    _enter_many[(sum(totals) // count,)](
+    how = _ENTER_MANY
+    count, step = _divisor(how.outputs, *totals), _divisor(how.step, width)
+    programs.enter_many[(sum(totals) // count,)](
         *normed, *weights, *outputs, rows, *totals, width, totals[0] // count,
-        padded, count, step, stages, _precision(hidden), early,
-        num_warps=warps, launch_pdl=early,
+        padded, count, step, how.stages, _precision(hidden), early,
+        num_warps=how.warps, launch_pdl=early,
     )  # fmt: skip
     return outputs
 
@@ -1131,9 +244,9 @@ def leave(
     out = torch.empty_like(hidden)
     weights = [tensor for linear in linears for tensor in (linear.weight, linear.bias)]
     if rows == 1:
-        count, step, warps = TUNING["leave_one"]
-        count, step = _divisor(count, width), _divisor(step, width, inner)
-        _leave_one[(width // count,)](
+        how = _LEAVE_ONE
+        count, step = _divisor(how.outputs, width), _divisor(how.step, width, inner)
+        programs.leave_one[(width // count,)](
             hidden,
             attended,
             active,
@@ -1145,18 +258,18 @@ def leave(
             count,
             step,
             early,
-            num_warps=warps,
+            num_warps=how.warps,
             launch_pdl=early,
         )
         return out
-    count, step, stages, warps = TUNING["leave_many"]
-    count, step = _divisor(count, width), _divisor(step, width)
+    how = _LEAVE_MANY
+    count, step = _divisor(how.outputs, width), _divisor(how.step, width)
     padded, splits = max(16, _power(rows)), inner // width
     parts = torch.empty((1 + splits) * padded * width, dtype=torch.float32, device=hidden.device)
-    _leave_many[(width // count, 1 + splits)](
+    programs.leave_many[(width // count, 1 + splits)](
         hidden, attended, active, *weights, out, parts, workspace.finished, rows,
-        width, inner, splits, padded, count, step, stages, _precision(hidden), early,
-        num_warps=warps, launch_pdl=early,
+        width, inner, splits, padded, count, step, how.stages, _precision(hidden), early,
+        num_warps=how.warps, launch_pdl=early,
     )  # fmt: skip
     return out
 
@@ -1184,7 +297,7 @@ def divide_mask(mask: Tensor, slots: Tensor) -> Masks:
     new = torch.empty(rows, rows, dtype=torch.uint8, device=mask.device)
     common, used = torch.empty(2, rows, dtype=torch.int32, device=mask.device)
     early = _early(rows)
-    _divide_mask[(rows,)](
+    programs.divide_mask[(rows,)](
         mask.view(torch.uint8), slots, old, new, common, used, rows, visible,
         max(16, _power(rows)), early,
         num_warps=4, launch_pdl=early,
@@ -1218,23 +331,21 @@ def attend(
     early = _early(rows)
     _, heads, _, size = keys.shape
     rotary = tables[0].shape[1]
-    name = "one" if rows == 1 else "few" if rows <= 16 else "some" if rows <= 32 else "many"
-    block, count, chunks, warps = TUNING[f"attend_{name}"]
-    block = min(block, max(16, _power(rows)))
-    blocks, splits = triton.cdiv(rows, block), 1 + triton.cdiv(visible, count * chunks)
+    how = next(how for most, how in _ATTEND.items() if rows <= most or most == MOST_ROWS)
+    blocks, splits = triton.cdiv(rows, how.rows), 1 + triton.cdiv(visible, how.slots * how.steps)
     padded = max(16, _power(size))
     out = states.new_empty(rows, heads * size)
-    notes = heads * blocks * splits * block
+    notes = heads * blocks * splits * how.rows
     parts = torch.empty(notes * (padded + 2), dtype=torch.float32, device=states.device)
-    _attend[(heads, splits, blocks)](
+    programs.attend[(heads, splits, blocks)](
         states, *tables, positions, slots, *masks, keys, values, out,
         parts[2 * notes :], parts, parts[notes:], workspace.finished,
         rows, visible, keys.stride(1), size**-0.5,
-        heads, size, padded, rotary, block, count, chunks,
+        heads, size, padded, rotary, how.rows, how.slots, how.steps,
         # Of several rows the splits are put together one by one, whatever their number.
         _power(splits) if rows == 1 else 1, rows == 1,
         _precision(states), early,
-        num_warps=warps, launch_pdl=early,
+        num_warps=how.warps, launch_pdl=early,
     )  # fmt: skip
     return out
 
@@ -1256,9 +367,10 @@ def best(
     tokens = torch.empty(rows, count, dtype=torch.long, device=device)
     part_values = torch.empty(rows * parts * (count + 1), dtype=torch.float32, device=device)
     part_tokens = torch.empty(rows * parts * count, dtype=torch.int32, device=device)
-    _best[(rows, parts)](
+    programs.best[(rows, parts)](
         logits, values, tokens, part_values, part_tokens, part_values[rows * parts * count :],
-        workspace.finished, vocabulary, count, _VOCABULARY, _power(parts), _power(parts * count), log_probs, early,
+        workspace.finished, vocabulary, count, _VOCABULARY, _power(parts), _power(parts * count),
+        log_probs, early,
         num_warps=8, launch_pdl=early,
     )  # fmt: skip
     return values, tokens

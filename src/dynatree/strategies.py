@@ -111,7 +111,8 @@ class StrategyBase(BaseModel):
     def widths(self) -> list[int]:
         """Most nodes that each level can hold, whatever the draft says: static shapes."""
         likely = _most_reaching(math.exp(self.min_log_prob))
-        widths, expanded = [], 1
+        widths: list[int] = []
+        expanded = 1
         for depth in range(1, self.max_depth + 1):
             every = expanded * self.max_children
             width = min(every, self.max_nodes, likely)
