@@ -362,6 +362,28 @@ def test_the_host_reads_once_per_round(kind, strategy, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", GRAPHS)
+def test_without_a_draft_the_next_round_begins_before_the_last_is_read(kind, monkeypatch):
+    """The device never waits for the host, and no round is begun that cannot be needed."""
+    device = device_of(kind)
+    decoder = decoder_of(kind, models_of(device, "gpt_neox"), STRATEGIES["ar"], CONTEXT)
+    events = []
+    run, read = decoder.runtime.run, Report.read
+    monkeypatch.setattr(
+        decoder.runtime, "run", lambda key, phase: events.append(key[0]) or run(key, phase)
+    )
+    monkeypatch.setattr(Report, "read", lambda self: events.append("read") or read(self))
+    full = list(expected(device, "gpt_neox", 17, 4))
+    generation = decoder.decode(prompt(17), 4)
+    assert generation.tokens == full
+    round_ = ["verify", "commit"]
+    assert events == ["read", *round_, *round_, "read", *round_, "read", "read"]
+    assert generation.stats.target_forwards == 4
+    # What was begun when the end was found is forgotten.
+    assert decoder.decode(prompt(17), 4, full[1]).tokens == full[: 1 + full.index(full[1])]
+    assert decoder.decode(prompt(17), 4).tokens == full
+
+
+@pytest.mark.parametrize("kind", GRAPHS)
 def test_preparation_is_reported(kind):
     models = models_of(device_of(kind), "gpt_neox")
     decoder = decoder_of(kind, models, STRATEGIES["default"], CONTEXT)

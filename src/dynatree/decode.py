@@ -33,7 +33,8 @@ class Stats:
 
     Attributes:
         rounds: one entry per verification, in order.
-        target_forwards: prefill and one per round.
+        target_forwards: prefill and one per round; without a draft and with static shapes one more,
+            begun in advance, where an end-of-sequence token was hit.
         draft_forwards: prefill, one per drafted level, and one where a draft resumes after
             rounds without.
         seconds: by phase: `prefill` (both models), `draft`, `verify`, `other` (accepting and
@@ -344,11 +345,13 @@ class Decoder:
         """Prefill, then one round per iteration; yields the tokens that each commits."""
         clock = PhaseClock(prompt.device)
         # Static shapes: the next tree is grown before the host knows what was committed, so that
-        # it waits for the device once per round.
-        ahead = self.runtime.static and self._drafter is not None
+        # it waits for the device once per round. Without a draft nothing has to be known of a
+        # round to begin the next, and the device does not wait for the host.
+        ahead = self.runtime.static
         remaining = max_new_tokens
         try:
             clock.start()
+            self._report.reset()
             self._prefill(prompt)
             stats.target_forwards = 1
             stats.draft_forwards = int(self._drafter is not None)
@@ -373,18 +376,18 @@ class Decoder:
                 nodes, depth = report.nodes, report.depth
                 # Of this round, also after the next one has begun.
                 verified = rule, steps, nodes, remaining
-                self._verify(nodes, bound)
-                stats.target_forwards += 1
-                clock.mark("verify")
-                self._commit(nodes)
-                clock.mark("other")
+                if not (grown and self._drafter is None):
+                    self._verify_and_commit(nodes, bound, stats, clock)
                 # One token is left at least, so the round that was just begun is not the last
                 # one as far as the host can know.
                 grown = ahead and remaining > 1
-                if grown:
+                if grown and self._drafter is not None:
                     rule = self._choose_rule(learn)
                     steps = self._grow(rule, bound + self._longest, remaining, stats)
                     clock.mark("draft")
+                elif grown:
+                    self._report.send()
+                    self._verify_and_commit(0, bound + 1, stats, clock)
                 report = self._report.read()
                 if self._controller is not None:
                     learn = partial(self._observe, *verified, report)
@@ -405,6 +408,13 @@ class Decoder:
         finally:
             stats.seconds = clock.seconds()
             stats.seconds.pop("consumer", None)
+
+    def _verify_and_commit(self, nodes: int, bound: int, stats: Stats, clock: PhaseClock) -> None:
+        self._verify(nodes, bound)
+        stats.target_forwards += 1
+        clock.mark("verify")
+        self._commit(nodes)
+        clock.mark("other")
 
     def _prefill(self, prompt: Tensor) -> None:
         self._position.fill_(len(prompt) - 1)

@@ -94,7 +94,10 @@ class Report:
             size += length
         self._values = torch.zeros(size, dtype=torch.long, device=device)
         # Where a copy from a CUDA device lands without a detour.
-        self._host = torch.zeros_like(self._values, device="cpu", pin_memory=device.type == "cuda")
+        cuda = device.type == "cuda"
+        self._host = torch.zeros_like(self._values, device="cpu", pin_memory=cuda)
+        self._copied = torch.cuda.Event() if cuda else None
+        self._sent = False
 
     def _note(self, name: str, values: Tensor | int) -> None:
         """Notes `values` [] or [m], m at most what there is room for."""
@@ -133,14 +136,30 @@ class Report:
         self._note("nodes", living)
         self._note("depth", rows.depths.max() if tree.deepest is None else tree.deepest)
 
+    def reset(self) -> None:
+        """Forgets what was sent and not read."""
+        self._sent = False
+
+    def send(self) -> None:
+        """Begins to copy what was noted: the next `read` is of that, not of what follows."""
+        self._host.copy_(self._values, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
+        self._sent = True
+
     def read(self) -> Reading:
-        """Waits for the device and reads what was noted; what never was is 0.
+        """Waits for the device and reads what was noted, or sent before; what never was is 0.
 
         Raises:
             DecodeError: the logits of a model hold a NaN.
         """
         if self._gathered:
-            values = self._host.copy_(self._values).tolist()
+            if not self._sent:
+                self.send()
+            self._sent = False
+            if self._copied is not None:
+                self._copied.synchronize()
+            values = self._host.tolist()
             found = {name: values[span] for name, span in self._spans.items()}
         else:
             found = {
