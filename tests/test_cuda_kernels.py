@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import dynatree
 from dynatree import fused, gpu
+from dynatree.errors import DecodeError
 from dynatree.runner import ModelRunner
 from dynatree.runtime import Runtime
 from dynatree.tree import DraftTree
@@ -180,6 +181,24 @@ def test_what_is_not_a_number_stays_so(kernels, workspace, log_probs):
     assert tokens.max() < 5000
 
 
+def test_infinite_logits(kernels, workspace):
+    """Impossible tokens are named once each; the largest may be infinite, and is no NaN."""
+    logits = torch.full((3, 5000), -torch.inf, device=DEVICE)
+    logits[0, 4500], logits[1, 7] = 1.0, torch.inf
+    values, tokens = kernels.best(logits, 3, workspace, log_probs=False)
+    assert tokens.tolist() == [[4500, 0, 1], [7, 0, 1], [0, 1, 2]]
+    assert torch.equal(values, logits.gather(-1, tokens))
+    values, again = kernels.best(logits[:1], 3, workspace, log_probs=True)
+    assert torch.equal(again, tokens[:1])
+    assert values.tolist() == [[0.0, -torch.inf, -torch.inf]]
+
+
+def test_more_work_than_can_be_counted_is_an_error(kernels, workspace):
+    assert len(workspace.counters(4097)) >= 4097
+    with pytest.raises(DecodeError, match="lower node_budget"):
+        workspace.counters(1 << 20)
+
+
 def test_selections_and_moves(kernels):
     table = random(40, 2100)
     rows = torch.randint(40, (9,), device=DEVICE)
@@ -331,6 +350,29 @@ def test_a_tree_grows_in_place_where_nothing_is_to_be_chosen(kernels, monkeypatc
     ],
 )
 def test_models_that_it_cannot_compute_are_left_to_transformers(kernels, change):
-    assert fused.serves(build("gpt_neox"))
-    assert not fused.serves(build("gpt_neox", **change))
-    assert not fused.serves(build("llama"))
+    assert fused.serves(build("gpt_neox").to(DEVICE))
+    assert not fused.serves(build("gpt_neox", **change).to(DEVICE))
+    assert not fused.serves(build("llama").to(DEVICE))
+
+
+class Adapted(torch.nn.Linear):
+    """What adapters put in the place of a layer."""
+
+
+def adapt(model):
+    model.gpt_neox.layers[0].mlp.dense_h_to_4h.__class__ = Adapted
+
+
+def hook(model):
+    model.gpt_neox.layers[0].attention.register_forward_hook(lambda *given: None)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [adapt, hook, lambda model: model.double(), lambda model: model.lm_head.bfloat16()],
+    ids=["adapter", "hook", "float64", "two dtypes"],
+)
+def test_models_that_were_changed_are_left_to_transformers(kernels, change):
+    model = build("gpt_neox").to(DEVICE)
+    change(model)
+    assert not fused.serves(model)

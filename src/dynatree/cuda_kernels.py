@@ -10,6 +10,7 @@ Work that is split between programs is put together by the last of them to finis
 so that equal inputs give equal outputs bit for bit.
 """
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ import triton
 from torch import Tensor
 
 from dynatree import triton_kernels as programs
+from dynatree.errors import DecodeError
 
 MOST_ROWS = 64
 """Rows that the products here are made for; a library is as fast for more."""
@@ -55,17 +57,33 @@ class Workspace:
     """What the kernels leave notes in: zero between calls, which follow one another on a stream."""
 
     def __init__(self, device: torch.device) -> None:
-        self.finished = torch.zeros(4096, dtype=torch.int32, device=device)
+        self.finished = torch.zeros(1 << 16, dtype=torch.int32, device=device)
+
+    def counters(self, count: int) -> Tensor:
+        """At least `count` of them.
+
+        Raises:
+            DecodeError: there are fewer.
+        """
+        if count > len(self.finished):
+            raise DecodeError(
+                f"the GPU kernels count {len(self.finished)} pieces of work, {count} are needed; "
+                "lower node_budget"
+            )
+        return self.finished
 
 
-_DEPENDENT = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
+@cache
+def _dependent(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def _early(rows: int) -> bool:
+def _early(states: Tensor) -> bool:
     """Whether a kernel is launched before the one before it has ended (programmatic dependent
     launch, on Hopper and later). It pays for one row, and where much is to be fetched for many;
     for a few rows the room that waiting programs take costs more."""
-    return _DEPENDENT and (rows == 1 or rows > 32)
+    rows = len(states)
+    return (rows == 1 or rows > 32) and _dependent(states.device)
 
 
 class _Product(NamedTuple):
@@ -101,7 +119,7 @@ _ATTEND = {
 def select_rows(table: Tensor, indices: Tensor) -> Tensor:
     """The rows `indices` [n] of `table` [m, width]."""
     rows, width = len(indices), table.shape[1]
-    early = _early(rows)
+    early = _early(indices)
     out = table.new_empty(rows, width)
     programs.select_rows[(rows, triton.cdiv(width, 1024))](
         table, indices, out, width, 1024, early, num_warps=4, launch_pdl=early
@@ -112,7 +130,7 @@ def select_rows(table: Tensor, indices: Tensor) -> Tensor:
 def select_columns(table: Tensor, indices: Tensor) -> Tensor:
     """The columns `indices` [n] of `table` [m, width], of booleans."""
     rows, count = len(table), len(indices)
-    early = _early(rows)
+    early = _early(table)
     out = table.new_empty(rows, count)
     programs.select_columns[(rows, triton.cdiv(count, 1024))](
         table.view(torch.uint8), indices, out.view(torch.uint8), count, table.stride(0), 1024,
@@ -183,7 +201,7 @@ def move_slots(storage: Tensor, sources: Tensor, destinations: Tensor) -> None:
 def norm(hidden: Tensor, norms: list[Any]) -> list[Tensor]:
     """`hidden` [n, width] normalised by each of one or two LayerNorm modules."""
     width = hidden.shape[1]
-    early = _early(len(hidden))
+    early = _early(hidden)
     outputs = [torch.empty_like(hidden) for _ in norms]
     first, last = norms[0], norms[-1]
     programs.norm[(len(hidden),)](
@@ -201,7 +219,7 @@ def enter(hidden: Tensor, norms: list[Any], linears: list[Any]) -> list[Tensor]:
         norms, linears: two LayerNorm and two Linear modules.
     """
     rows, width = hidden.shape
-    early = _early(rows)
+    early = _early(hidden)
     outputs = [hidden.new_empty(rows, linear.weight.shape[0]) for linear in linears]
     totals = [output.shape[1] for output in outputs]
     weights = [tensor for linear in linears for tensor in (linear.weight, linear.bias)]
@@ -239,7 +257,7 @@ def leave(
 ) -> Tensor:
     """`hidden` [n, width] + `attended` [n, width] by linear 1 + `active` [n, inner] by linear 2."""
     rows, width = hidden.shape
-    early = _early(rows)
+    early = _early(hidden)
     inner = active.shape[1]
     out = torch.empty_like(hidden)
     weights = [tensor for linear in linears for tensor in (linear.weight, linear.bias)]
@@ -267,7 +285,7 @@ def leave(
     padded, splits = max(16, _power(rows)), inner // width
     parts = torch.empty((1 + splits) * padded * width, dtype=torch.float32, device=hidden.device)
     programs.leave_many[(width // count, 1 + splits)](
-        hidden, attended, active, *weights, out, parts, workspace.finished, rows,
+        hidden, attended, active, *weights, out, parts, workspace.counters(width // count), rows,
         width, inner, splits, padded, count, step, how.stages, _precision(hidden), early,
         num_warps=how.warps, launch_pdl=early,
     )  # fmt: skip
@@ -296,7 +314,7 @@ def divide_mask(mask: Tensor, slots: Tensor) -> Masks:
     old = torch.empty(rows, visible, dtype=torch.uint8, device=mask.device)
     new = torch.empty(rows, rows, dtype=torch.uint8, device=mask.device)
     common, used = torch.empty(2, rows, dtype=torch.int32, device=mask.device)
-    early = _early(rows)
+    early = _early(mask)
     programs.divide_mask[(rows,)](
         mask.view(torch.uint8), slots, old, new, common, used, rows, visible,
         max(16, _power(rows)), early,
@@ -328,7 +346,7 @@ def attend(
         [n, width].
     """
     rows, visible = masks.old.shape
-    early = _early(rows)
+    early = _early(states)
     _, heads, _, size = keys.shape
     rotary = tables[0].shape[1]
     how = next(how for most, how in _ATTEND.items() if rows <= most or most == MOST_ROWS)
@@ -339,7 +357,7 @@ def attend(
     parts = torch.empty(notes * (padded + 2), dtype=torch.float32, device=states.device)
     programs.attend[(heads, splits, blocks)](
         states, *tables, positions, slots, *masks, keys, values, out,
-        parts[2 * notes :], parts, parts[notes:], workspace.finished,
+        parts[2 * notes :], parts, parts[notes:], workspace.counters(heads * blocks),
         rows, visible, keys.stride(1), size**-0.5,
         heads, size, padded, rotary, how.rows, how.slots, how.steps,
         # Of several rows the splits are put together one by one, whatever their number.
@@ -360,7 +378,7 @@ def best(
         row holds a NaN; int64 [n, count], the tokens.
     """
     rows, vocabulary = logits.shape
-    early = _early(rows)
+    early = _early(logits)
     parts = triton.cdiv(vocabulary, _VOCABULARY)
     device = logits.device
     values = torch.empty(rows, count, dtype=torch.float32, device=device)
@@ -369,8 +387,8 @@ def best(
     part_tokens = torch.empty(rows * parts * count, dtype=torch.int32, device=device)
     programs.best[(rows, parts)](
         logits, values, tokens, part_values, part_tokens, part_values[rows * parts * count :],
-        workspace.finished, vocabulary, count, _VOCABULARY, _power(parts), _power(parts * count),
-        log_probs, early,
+        workspace.counters(rows), vocabulary, count, _VOCABULARY, _power(parts),
+        _power(parts * count), log_probs, early,
         num_warps=8, launch_pdl=early,
     )  # fmt: skip
     return values, tokens

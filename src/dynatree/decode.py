@@ -1,6 +1,7 @@
 """The one decode loop: prefill, then rounds of draft, verify, accept, gather."""
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
@@ -93,6 +94,9 @@ class Decoder:
         """
         device = target.device
         self.strategy = strategy
+        # Graphs are captured, and kernels launched, on the current device.
+        on_cuda = device.type == "cuda"
+        self._current = torch.cuda.device(device) if on_cuda else nullcontext()
         self.max_length = max_length
         self.runtime = runtime if isinstance(runtime, Runtime) else Runtime(runtime, device)
         longest = strategy.max_depth + 1
@@ -185,11 +189,12 @@ class Decoder:
 
         The first sequence does so by itself; call it before, to keep it out of a measurement.
         """
-        if not self._prepared and self.runtime.mode != "eager":
-            self._prepare_phases()
-        self._prepared = True
-        if self._controller is None and len(self.strategy.rules) > 1:
-            self._controller = Controller(self._costs(), self.strategy.rules)
+        with self._current:
+            if not self._prepared and self.runtime.mode != "eager":
+                self._prepare_phases()
+            self._prepared = True
+            if self._controller is None and len(self.strategy.rules) > 1:
+                self._controller = Controller(self._costs(), self.strategy.rules)
 
     def _costs(self) -> CostModel:
         """What the phases cost, measured once per process for these models and this runtime."""
@@ -308,7 +313,7 @@ class Decoder:
                     "finish a stream before the next, or make a second Decoder"
                 )
             # Entered per round, so that a consumer's own code runs in its own grad mode.
-            with mode:
+            with mode, self._current:
                 chunk = next(rounds, None)
             if chunk is None:
                 return

@@ -1,21 +1,33 @@
 """The forward of an unmodified GPT-NeoX model on CUDA in three kernel launches per layer."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import GPTNeoXForCausalLM, PreTrainedModel
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel
 
 from dynatree import gpu
 from dynatree.cache import SlotCache
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
 
 def serves(model: PreTrainedModel) -> bool:
-    """Whether `Forward` computes what `model` does."""
-    config = model.config
+    """Whether `Forward` computes what `model` does, on its device."""
     return (
         type(model) is GPTNeoXForCausalLM
         and gpu.kernels(model.device) is not None
-        and config._attn_implementation == "sdpa"
+        and not model.training
+        and _is_plain(model)
+        and _is_of_known_kind(model.config)
+        and {weight.dtype for weight in model.parameters()} == {model.dtype}
+        and model.dtype in DTYPES
+        and not (model.dtype == torch.float32 and gpu.is_small(model.device))
+    )
+
+
+def _is_of_known_kind(config: GPTNeoXConfig) -> bool:
+    return bool(
+        config._attn_implementation == "sdpa"
         and config.hidden_act == "gelu"
         and config.use_parallel_residual
         and config.attention_bias
@@ -23,7 +35,28 @@ def serves(model: PreTrainedModel) -> bool:
         and config.hidden_size % 16 == 0
         and config.intermediate_size % config.hidden_size == 0
         and config.hidden_size // config.num_attention_heads <= 128
-        and not model.training
+    )
+
+
+def _is_plain(model: GPTNeoXForCausalLM) -> bool:
+    """Whether its modules are as Transformers made them: an adapter, a quantised layer or a hook
+    computes something else from what looks like the same weights."""
+    base = model.gpt_neox
+    kinds: list[tuple[nn.Module, type[nn.Module]]] = [
+        (base.embed_in, nn.Embedding),
+        (base.final_layer_norm, nn.LayerNorm),
+    ]
+    for layer in base.layers:
+        kinds += [
+            (layer.input_layernorm, nn.LayerNorm),
+            (layer.post_attention_layernorm, nn.LayerNorm),
+            (layer.attention.query_key_value, nn.Linear),
+            (layer.attention.dense, nn.Linear),
+            (layer.mlp.dense_h_to_4h, nn.Linear),
+            (layer.mlp.dense_4h_to_h, nn.Linear),
+        ]
+    return all(type(module) is kind for module, kind in kinds) and not any(
+        module._forward_hooks or module._forward_pre_hooks for module in base.modules()
     )
 
 

@@ -25,6 +25,12 @@ def kernels(device: torch.device) -> ModuleType | None:
 
 
 @cache
+def is_small(device: torch.device) -> bool:
+    """Whether tiles of 32-bit numbers may not fit a processor's shared memory: before Hopper."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0)
+
+
+@cache
 def workspace(device: torch.device) -> Any:
     """One for all kernels on `device`, which run one after the other."""
     found = kernels(device)

@@ -10,7 +10,7 @@ def largest(logits: Tensor) -> tuple[Tensor, Tensor]:
     """The largest of each row of `logits` [n, vocabulary] and its token, both [n]; the former is
     not a number where the row holds a NaN."""
     kernels = gpu.kernels(logits.device)
-    if kernels is not None:
+    if kernels is not None and logits.dtype != torch.float64:
         best, tokens = kernels.best(logits, 1, gpu.workspace(logits.device), False)
         return best.view(-1), tokens.view(-1)
     best, tokens = logits.max(dim=-1)
@@ -24,7 +24,7 @@ def most_probable(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
         float32 [n, count], their log-probabilities, falling; int64 [n, count].
     """
     kernels = gpu.kernels(logits.device)
-    if kernels is not None and count <= kernels.MOST_BEST:
+    if kernels is not None and count <= kernels.MOST_BEST and logits.dtype != torch.float64:
         log_probs, tokens = kernels.best(logits, count, gpu.workspace(logits.device), True)
         return log_probs, tokens
     log_probs, tokens = torch.log_softmax(logits, dim=-1, dtype=torch.float32).topk(count, dim=-1)

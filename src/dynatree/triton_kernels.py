@@ -867,16 +867,19 @@ def best(
     found = tl.load(logits + row * vocabulary + token, mask=inside, other=float("-inf"))
     found = found.to(tl.float32)
     broken = tl.max((found != found).to(tl.int32), 0)
-    peak = tl.max(found, 0)
-    total = tl.sum(tl.exp(found - tl.maximum(peak, -1.0e30)), 0)
+    total = 0.0
+    if LOG_PROBS:
+        peak = tl.maximum(tl.max(found, 0), -1.0e30)
+        total = tl.sum(tl.exp(found - peak), 0)
     total = tl.where(broken > 0, float("nan"), total)
     base = (row * parts + part) * COUNT
+    left = inside
     for rank in tl.static_range(COUNT):
-        value = tl.max(found, 0)
-        best = tl.min(tl.where((found == value) & inside, token, vocabulary), 0)
+        value = tl.max(tl.where(left, found, float("-inf")), 0)
+        best = tl.min(tl.where(left & (found == value), token, vocabulary), 0)
         tl.store(part_values + base + rank, value)
         tl.store(part_tokens + base + rank, best)
-        found = tl.where(token == best, float("-inf"), found)
+        left = left & (token != best)
     tl.store(part_sums + row * parts + part, total)
     # All threads have stored before one of them says so.
     tl.debug_barrier()
@@ -888,20 +891,22 @@ def best(
             part_values + at * COUNT, mask=some, other=float("-inf"), cache_modifier=".cg"
         )
         sums = tl.load(part_sums + at, mask=some, other=0.0, cache_modifier=".cg")
-        peak = tl.maximum(tl.max(peaks, 0), -1.0e30)
-        total = tl.sum(sums * tl.exp(tl.maximum(peaks, -1.0e30) - peak), 0)
-        spoilt = total != total
+        highest = tl.maximum(tl.max(peaks, 0), -1.0e30)
+        whole = tl.sum(sums * tl.exp(tl.maximum(peaks, -1.0e30) - highest), 0)
+        spoilt = tl.sum((sums != sums).to(tl.int32), 0) > 0
         c = tl.arange(0, FINALISTS)
-        some = c < parts * COUNT
+        held = c < parts * COUNT
         at = row * parts * COUNT + c
-        left = tl.load(part_values + at, mask=some, other=float("-inf"), cache_modifier=".cg")
-        named = tl.load(part_tokens + at, mask=some, other=vocabulary, cache_modifier=".cg")
+        finals = tl.load(part_values + at, mask=held, other=float("-inf"), cache_modifier=".cg")
+        named = tl.load(part_tokens + at, mask=held, other=vocabulary, cache_modifier=".cg")
+        # A part with fewer tokens than are wanted has named none.
+        held = held & (named < vocabulary)
         for rank in tl.static_range(COUNT):
-            value = tl.max(left, 0)
-            best = tl.min(tl.where((left == value) & some, named, vocabulary), 0)
-            left = tl.where(named == best, float("-inf"), left)
+            value = tl.max(tl.where(held, finals, float("-inf")), 0)
+            best = tl.min(tl.where(held & (finals == value), named, vocabulary), 0)
+            held = held & (named != best)
             if LOG_PROBS:
-                value = value - peak - tl.log(total)
+                value = value - highest - tl.log(whole)
             value = tl.where(spoilt, float("nan"), value)
             tl.store(values + row * COUNT + rank, value)
             tl.store(tokens + row * COUNT + rank, tl.minimum(best, vocabulary - 1).to(tl.int64))
