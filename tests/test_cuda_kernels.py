@@ -2,6 +2,12 @@
 Triton's interpreter, which runs the same source program by program."""
 
 import copy
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -376,3 +382,24 @@ def test_models_that_were_changed_are_left_to_transformers(kernels, change):
     model = build("gpt_neox").to(DEVICE)
     change(model)
     assert not fused.serves(model)
+
+
+@pytest.mark.skipif(CUDA, reason="the other tests compile them")
+@pytest.mark.parametrize(("capability", "shared"), [(90, 232_448), (80, 166_912)])
+def test_every_launch_compiles_for_a_gpu(capability, shared, tmp_path):
+    """With the shared memory that a program can have on an H100 or H200, and on an A100."""
+    pytest.importorskip("triton", reason="needs Triton: pip install triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("compiled_kernels.py"), str(capability)],
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    launches = [json.loads(line) for line in done.stdout.splitlines()]
+    kernels = Path(gpu.__file__).with_name("triton_kernels.py").read_text(encoding="utf-8")
+    # What begins with an underscore is called by others.
+    assert {name for name, _ in launches} == set(re.findall(r"^def ([a-z]\w*)", kernels, re.M))
+    assert max(needed for _, needed in launches) <= shared

@@ -1,0 +1,89 @@
+"""Compiles what the GPU kernels' launches need, for a GPU that is not there; a command of its own.
+
+Triton's interpreter takes what its compiler refuses, and knows nothing of shared memory. Everything
+but the launch itself is Triton's own: the launchers are called with tensors on the CPU.
+
+    python tests/compiled_kernels.py CAPABILITY
+
+prints a line of JSON for each launch: the kernel's name and the bytes of shared memory.
+"""
+
+import json
+import sys
+from typing import ClassVar
+
+import torch
+import triton
+from torch import nn
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import CompiledKernel
+
+PYTHIA = ((2560, 10240, 32, (1, 16, 32, 64)), (512, 2048, 8, (2, 64)))
+"""Width, width of the MLP, heads and rows, of Pythia-2.8B and Pythia-70M."""
+
+
+class Absent:
+    """A driver of a GPU that nothing is launched on."""
+
+    capability: ClassVar[int]
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=None):
+        return 0
+
+
+def report(kernel):
+    print(json.dumps([kernel.metadata.name, kernel.metadata.shared]))
+    return lambda *launch: None
+
+
+def main(capability):
+    Absent.capability = capability
+    triton.runtime.driver.set_active(Absent())
+    CompiledKernel._init_handles = lambda self: None
+    CompiledKernel.launch_metadata = lambda *launch: None
+    CompiledKernel.run = property(report)
+    CompiledKernel.function = None
+
+    from dynatree import cuda_kernels as kernels
+
+    kernels._dependent = lambda device: capability >= 90
+    workspace = kernels.Workspace(torch.device("cpu"))
+    kind = {"dtype": torch.bfloat16}
+    for width, inner, heads, counts in PYTHIA:
+        norms = [nn.LayerNorm(width, **kind) for _ in range(2)]
+        enters = [nn.Linear(width, 3 * width, **kind), nn.Linear(width, inner, **kind)]
+        leaves = [nn.Linear(width, width, **kind), nn.Linear(inner, width, **kind)]
+        cache = torch.zeros(2, 1, heads, 1032, width // heads, **kind)
+        tables = (torch.zeros(2048, width // heads // 4, **kind),) * 2
+        for rows in counts:
+            at = torch.arange(rows)
+            hidden = kernels.select_rows(torch.zeros(100, width, **kind), at)
+            mask = kernels.select_columns(
+                torch.ones(rows, 300, dtype=torch.bool), at.new_zeros(1024)
+            )
+            masks = kernels.divide_mask(mask, at)
+            states, active = kernels.enter(hidden, norms, enters)
+            attended = kernels.attend(states, tables, at, at, masks, *cache, workspace)
+            kernels.leave(hidden, attended, active, leaves, workspace)
+            kernels.best(torch.zeros(rows, 50304, **kind), 2, workspace, log_probs=True)
+    kernels.best(torch.zeros(1, 50304, **kind), 1, workspace, log_probs=False)
+    kernels.move_slots(cache, torch.arange(8), torch.arange(8))
+    tree = (
+        *(torch.zeros(256, dtype=torch.long) for _ in range(3)),
+        torch.zeros(256),
+        torch.zeros(256, 257, dtype=torch.bool),
+    )
+    values = torch.zeros(4, 2)
+    kernels.grow(values, values.long(), values[:, 0], 3, 7, -4.6, tree)
+    kernels.compact(tree, 255, tree)
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        main(int(sys.argv[1]))
