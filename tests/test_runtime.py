@@ -65,6 +65,10 @@ def test_no_forward_sees_as_many_slots_as_there_are(count):
 def test_static_widths_hold_whatever_the_draft_says():
     tree = dynatree.Tree(depth=7, branch_factor=2, prune_threshold=0.05)
     assert tree.widths == [2, 4, 8, 16, 20, 20, 20]
+    # All levels but the last one's are small enough: it is not read, so it is not selected from.
+    whole = dynatree.Tree(depth=7, branch_factor=2, prune_threshold=0.01, node_budget=254)
+    assert whole.widths == [2, 4, 8, 16, 32, 64, 128]
+    assert whole.model_copy(update={"node_budget": 253}).widths == [2, 4, 8, 16, 32, 64, 100]
     assert dynatree.Tree(depth=3, branch_factor=9, prune_threshold=0.1).widths == [9, 10, 10]
     assert dynatree.Tree(depth=4, branch_factor=3, prune_threshold=0, node_budget=7).widths == [
         3, 7, 7, 7

@@ -116,8 +116,10 @@ class StrategyBase(BaseModel):
         for depth in range(1, self.max_depth + 1):
             every = expanded * self.max_children
             width = min(every, self.max_nodes, likely)
-            # Nothing has to be selected of a last level that fits the budget, and none reads it.
-            if depth == self.max_depth and sum(widths) + every <= self.max_nodes:
+            # Of a whole tree that fits the budget nothing has to be selected, and no draft reads
+            # the last level.
+            whole = every == self.max_children**depth and sum(widths) + every <= self.max_nodes
+            if whole and depth == self.max_depth:
                 width = every
             widths.append(width)
             expanded = min(width, self.max_expanded(depth))
