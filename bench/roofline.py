@@ -174,8 +174,8 @@ def repeated(run: Callable[[], None], times: int) -> None:
             run()
 
 
-def memory(pair: Pair, decoders: Iterable[Decoder]) -> dict[str, int]:
-    """Bytes of the weights and of the caches, and the most that were ever in use and held."""
+def memory(pair: Pair, decoders: Iterable[Decoder], device: torch.device) -> dict[str, int]:
+    """Bytes of the weights and of the caches; on CUDA also the most ever in use, and held."""
     tensors = {
         tensor.data_ptr(): tensor
         for model in (pair.target, pair.draft)
@@ -187,12 +187,14 @@ def memory(pair: Pair, decoders: Iterable[Decoder]) -> dict[str, int]:
         for _, runner in decoder._runners()
         if runner.cache.storage is not None
     ]
-    return {
+    found = {
         "weights": sum(tensor.nbytes for tensor in tensors.values()),
         "caches": sum(cache.nbytes for cache in caches),
-        "peak_in_use": torch.cuda.max_memory_allocated(),
-        "peak_held": torch.cuda.max_memory_reserved(),
     }
+    if device.type == "cuda":
+        found["peak_in_use"] = torch.cuda.max_memory_allocated(device)
+        found["peak_held"] = torch.cuda.max_memory_reserved(device)
+    return found
 
 
 def measure(setting: Setting, context: int, copy_bytes: int, repeats: int) -> dict[str, Any]:
@@ -272,7 +274,7 @@ def measure(setting: Setting, context: int, copy_bytes: int, repeats: int) -> di
         "preparation": {
             name: asdict(decoder.runtime.preparation) for name, decoder in decoders.items()
         },
-        "memory": memory(pair, decoders.values()) if kind == "cuda" else None,
+        "memory": memory(pair, decoders.values(), setting.device),
     }
 
 
@@ -303,7 +305,7 @@ def table(measured: Mapping[str, Any]) -> str:
     copy = measured["copy"]
     found = measured["memory"]
     used = ""
-    if found is not None:
+    if "peak_held" in found:
         needed = found["weights"] + found["caches"]
         used = (
             f"\nMemory of the generations: {needed / 1e9:.2f} GB of weights and caches; at most "

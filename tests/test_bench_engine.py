@@ -137,6 +137,14 @@ def test_roofline_follows_from_the_seconds_that_it_records(run, monkeypatch, sta
         assert step["ms"] == pytest.approx(1e3 * seconds)
         assert step["fraction"] == pytest.approx(read / bandwidth / seconds)
         assert f"| {name} | {read / 1e6:.1f} |" in table
+    memory = record["memory"]
+    assert set(memory) == {"weights", "caches"}
+    # Target and draft; one cache for each decoder of each model that it has.
+    assert memory["weights"] > sum(record["weight_bytes"].values())
+    kv = record["kv_bytes_per_token"]
+    assert memory["caches"] > (2 * kv["target"] + kv["draft"]) * record["context"]
+    held = memory | {"peak_in_use": 2 * sum(memory.values()), "peak_held": 3 * sum(memory.values())}
+    assert "2.000 times that in use, 3.000 times held" in roofline.table(record | {"memory": held})
     generations = record["generations"]
     assert set(generations) == {"ar", "dynatree"} == set(record["preparation"])
     for facts in generations.values():
