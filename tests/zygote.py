@@ -34,6 +34,9 @@ def befall(moment, number, counted):
         if event not in ("call", "c_call"):
             return
         name = frame.f_code.co_name if event == "call" else argument.__name__
+        if name == "setprofile":
+            # The job has ended, and this process is no longer it.
+            return
         counted["calls"] += 1
         counted[name] = counted.get(name, 0) + 1
         if name == "write_result":
