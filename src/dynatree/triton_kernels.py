@@ -205,6 +205,16 @@ def _rows_by(
 
 
 @triton.jit
+def _store_rows(out, sums, added, n, m, rows, total, GELU: tl.constexpr):
+    """Stores [n, m] sums and what is added to each output, as [m, n] of rows with `total`."""
+    kind = out.dtype.element_ty
+    result = (sums + added[:, None]).to(kind)
+    if GELU:
+        result = _gelu(result.to(tl.float32)).to(kind)
+    tl.store(out + m[None, :] * total + n[:, None], result, mask=m[None, :] < rows)
+
+
+@triton.jit
 def _enter_rows_by(
     states,
     weight,
@@ -239,11 +249,7 @@ def _enter_rows_by(
     )
     n = start + tl.arange(0, OUTPUTS)
     m = tl.arange(0, ROWS)
-    kind = out.dtype.element_ty
-    result = (sums + tl.load(bias + n).to(tl.float32)[:, None]).to(kind)
-    if GELU:
-        result = _gelu(result.to(tl.float32)).to(kind)
-    tl.store(out + m[None, :] * total + n[:, None], result, mask=m[None, :] < rows)
+    _store_rows(out, sums, tl.load(bias + n).to(tl.float32), n, m, rows, total, GELU)
 
 
 @triton.jit
@@ -317,10 +323,7 @@ def _normed_rows_by(
     states *= (1.0 / tl.sqrt(tl.sum(states * states, 1) / WIDTH + eps))[:, None]
     states = (states * gains[None, :] + shifts[None, :]).to(kind)
     sums = tl.dot(weights, tl.trans(states), input_precision=PRECISION)
-    result = (sums + added[:, None]).to(kind)
-    if GELU:
-        result = _gelu(result.to(tl.float32)).to(kind)
-    tl.store(out + m[None, :] * total + n[:, None], result, mask=m[None, :] < rows)
+    _store_rows(out, sums, added, n, m, rows, total, GELU)
 
 
 @triton.jit
@@ -493,6 +496,20 @@ def _against(
 
 
 @triton.jit
+def _shown(keys, values, old, begin, s, m, d, inside, held, visible, SIZE: tl.constexpr):
+    """A head's keys [d, s] and values [s, d] in the slots `s`, and which of them rows are shown."""
+    there = s < visible
+    at = begin + s * SIZE
+    key = tl.load(keys + at[None, :] + d[:, None], mask=held[:, None] & there[None, :], other=0.0)
+    value = tl.load(
+        values + at[:, None] + d[None, :], mask=there[:, None] & held[None, :], other=0.0
+    )
+    seen = inside[:, None] & there[None, :]
+    seen = tl.load(old + m[:, None] * visible + s[None, :], mask=seen, other=0) != 0
+    return key, value, seen
+
+
+@triton.jit
 def divide_mask(
     mask,
     slots,
@@ -589,17 +606,19 @@ def attend(
     sums = tl.zeros((ROWS, PADDED), tl.float32)
     if split < splits - 1:
         if CHUNKS == 1:
-            s = split * SLOTS + tl.arange(0, SLOTS)
-            there = s < visible
-            at = head * stride + s * SIZE
-            key = tl.load(
-                keys + at[None, :] + d[:, None], mask=held[:, None] & there[None, :], other=0.0
+            key, value, seen = _shown(
+                keys,
+                values,
+                old,
+                head * stride,
+                split * SLOTS + tl.arange(0, SLOTS),
+                m,
+                d,
+                inside,
+                held,
+                visible,
+                SIZE,
             )
-            value = tl.load(
-                values + at[:, None] + d[None, :], mask=there[:, None] & held[None, :], other=0.0
-            )
-            seen = inside[:, None] & there[None, :]
-            seen = tl.load(old + m[:, None] * visible + s[None, :], mask=seen, other=0) != 0
             _wait(EARLY)
             queries = _rotated(
                 own, cosines, sines, positions, m, inside, 3 * width, SIZE, PADDED, ROTARY
@@ -627,19 +646,9 @@ def attend(
                     queries, key, value, inside, scale, peak, total, sums, False, PRECISION
                 )
             for first in range(begin + whole * SLOTS, end, SLOTS):
-                s = first + i
-                there = s < visible
-                at = head * stride + s * SIZE
-                key = tl.load(
-                    keys + at[None, :] + d[:, None], mask=held[:, None] & there[None, :], other=0.0
+                key, value, seen = _shown(
+                    keys, values, old, head * stride, first + i, m, d, inside, held, visible, SIZE
                 )
-                value = tl.load(
-                    values + at[:, None] + d[None, :],
-                    mask=there[:, None] & held[None, :],
-                    other=0.0,
-                )
-                seen = inside[:, None] & there[None, :]
-                seen = tl.load(old + m[:, None] * visible + s[None, :], mask=seen, other=0) != 0
                 peak, total, sums = _against(
                     queries, key, value, seen, scale, peak, total, sums, True, PRECISION
                 )
