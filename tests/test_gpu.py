@@ -22,6 +22,7 @@ import dynatree
 from dynatree.cache import SlotCache
 from dynatree.controller import CostModel
 from dynatree.drafting import Drafter
+from dynatree.measure import _record
 from dynatree.report import Report
 from dynatree.runtime import SLOT_BUCKETS, Runtime, forward
 from dynatree.tree import DraftTree, Rows
@@ -377,10 +378,53 @@ def test_without_a_draft_the_next_round_begins_before_the_last_is_read(kind, mon
     assert generation.tokens == full
     round_ = ["verify", "commit"]
     assert events == ["read", *round_, *round_, "read", *round_, "read", "read"]
-    assert generation.stats.target_forwards == 4
     # What was begun when the end was found is forgotten.
     assert decoder.decode(prompt(17), 4, full[1]).tokens == full[: 1 + full.index(full[1])]
     assert decoder.decode(prompt(17), 4).tokens == full
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("kind", GRAPHS)
+def test_the_device_is_at_work_while_the_consumer_has_the_tokens(kind, strategy, monkeypatch):
+    """Of each round but the last, the next one is begun before its tokens are yielded."""
+    device = device_of(kind)
+    decoder = decoder_of(kind, models_of(device, "gpt_neox"), STRATEGIES[strategy], CONTEXT)
+    decoder.prepare()
+    begun = 0
+    run = decoder.runtime.run
+
+    def counted(key, phase):
+        nonlocal begun
+        begun += key[0] == "verify"
+        run(key, phase)
+
+    monkeypatch.setattr(decoder.runtime, "run", counted)
+    stats = dynatree.Stats()
+    chunks = []
+    for chunk in decoder.stream(prompt(17), 30, stats=stats):
+        chunks.append(chunk)
+        assert len(stats.rounds) == len(chunks) - 1
+        # The prefill's token is yielded at once: it is what the user waits for.
+        if chunks[1:] and sum(map(len, chunks)) < 30:
+            assert begun > len(stats.rounds)
+        else:
+            assert begun == len(stats.rounds)
+    assert len(chunks) > 2
+    assert sum(chunks, []) == list(expected(device, "gpt_neox", 17, 30))  # noqa: RUF017
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("kind", GRAPHS)
+def test_a_generation_that_met_its_end_makes_a_valid_record(kind, strategy):
+    """What was begun in advance belongs to no round, and is not in the record."""
+    device = device_of(kind)
+    decoder = decoder_of(kind, models_of(device, "gpt_neox"), STRATEGIES[strategy], CONTEXT)
+    full = list(expected(device, "gpt_neox", 17, 40))
+    for eos in {full[0], full[1], full[20], full[-1]}:
+        generation = decoder.decode(prompt(17), 40, eos)
+        assert generation.tokens == full[: 1 + full.index(eos)]
+        record = _record(0, 0, "strategy", ("strategy", "autoregressive"), generation, seconds=1.0)
+        assert record.tokens == 1 + sum(committed for _, committed in record.spans)
 
 
 @pytest.mark.parametrize("kind", GRAPHS)

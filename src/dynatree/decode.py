@@ -34,8 +34,8 @@ class Stats:
 
     Attributes:
         rounds: one entry per verification, in order.
-        target_forwards: prefill and one per round; without a draft and with static shapes one more,
-            begun in advance, where an end-of-sequence token was hit.
+        target_forwards: prefill and one per round; what was begun in advance and is of no use after
+            an end-of-sequence token does not count.
         draft_forwards: prefill, one per drafted level, and one where a draft resumes after
             rounds without.
         seconds: by phase: `prefill` (both models), `draft`, `verify`, `other` (accepting and
@@ -300,7 +300,7 @@ class Decoder:
         self.prepare()
         stop = _as_set(eos_token_id)
         stats = Stats() if stats is None else stats
-        rounds = self._rounds(prompt, max_new_tokens, stats)
+        rounds = self._rounds(prompt, max_new_tokens, stop, stats)
         self._streams += 1
         this = self._streams
         if self._sampler is not None:
@@ -317,15 +317,7 @@ class Decoder:
                 chunk = next(rounds, None)
             if chunk is None:
                 return
-            ends = not stop.isdisjoint(chunk)
-            if ends:
-                chunk = chunk[: 1 + next(i for i, token in enumerate(chunk) if token in stop)]
-                if stats.rounds:
-                    stats.rounds[-1] = stats.rounds[-1].cut(len(chunk))
-                rounds.close()
             yield chunk
-            if ends:
-                return
 
     def _check(self, input_ids: Tensor, max_new_tokens: int) -> Tensor:
         input_ids = _as_prompt(input_ids)
@@ -345,7 +337,7 @@ class Decoder:
         return input_ids.to(self._target.device)
 
     def _rounds(
-        self, prompt: Tensor, max_new_tokens: int, stats: Stats
+        self, prompt: Tensor, max_new_tokens: int, stop: frozenset[int], stats: Stats
     ) -> Generator[list[int], None, None]:
         """Prefill, then one round per iteration; yields the tokens that each commits."""
         clock = PhaseClock(prompt.device)
@@ -353,7 +345,6 @@ class Decoder:
         # it waits for the device once per round. Without a draft nothing has to be known of a
         # round to begin the next, and the device does not wait for the host.
         ahead = self.runtime.static
-        remaining = max_new_tokens
         try:
             clock.start()
             self._report.reset()
@@ -364,9 +355,12 @@ class Decoder:
             stats.first_token_seconds = clock.seconds()["prefill"]
             report = self._report.read()
             bound = len(prompt)
-            remaining -= len(report.tokens)
-            yield report.tokens
+            chunk, ends = _until(stop, report.tokens)
+            remaining = 0 if ends else max_new_tokens - 1
+            yield chunk
             clock.mark("consumer")
+            # What was committed and is yet to be yielded.
+            chunk = []
             grown = False
             self._missed = 0
             rule = steps = 0
@@ -382,7 +376,7 @@ class Decoder:
                 # Of this round, also after the next one has begun.
                 verified = rule, steps, nodes, remaining
                 if not (grown and self._drafter is None):
-                    self._verify_and_commit(nodes, bound, stats, clock)
+                    self._verify_and_commit(nodes, bound, clock)
                 # One token is left at least, so the round that was just begun is not the last
                 # one as far as the host can know.
                 grown = ahead and remaining > 1
@@ -392,13 +386,17 @@ class Decoder:
                     clock.mark("draft")
                 elif grown:
                     self._report.send()
-                    self._verify_and_commit(0, bound + 1, stats, clock)
+                    self._verify_and_commit(0, bound + 1, clock)
+                if chunk:
+                    # The consumer has the last round's tokens while the device is at work.
+                    yield chunk
+                    clock.mark("consumer")
                 report = self._report.read()
                 if self._controller is not None:
                     learn = partial(self._observe, *verified, report)
-                tokens = report.tokens[:remaining]
+                chunk, ends = _until(stop, report.tokens[:remaining])
                 bound += len(report.tokens)
-                remaining -= len(tokens)
+                remaining = 0 if ends else remaining - len(chunk)
                 done = Round(
                     nodes,
                     depth,
@@ -406,17 +404,21 @@ class Decoder:
                     report.ngram_nodes,
                     report.ngram_accepted,
                 )
-                stats.rounds.append(done.cut(len(tokens)))
+                stats.rounds.append(done.cut(len(chunk)))
+                stats.target_forwards += 1
                 clock.mark("other")
-                yield tokens
-                clock.mark("consumer")
+                if not grown:
+                    yield chunk
+                    clock.mark("consumer")
+                    chunk = []
+            if chunk:
+                yield chunk
         finally:
             stats.seconds = clock.seconds()
             stats.seconds.pop("consumer", None)
 
-    def _verify_and_commit(self, nodes: int, bound: int, stats: Stats, clock: PhaseClock) -> None:
+    def _verify_and_commit(self, nodes: int, bound: int, clock: PhaseClock) -> None:
         self._verify(nodes, bound)
-        stats.target_forwards += 1
         clock.mark("verify")
         self._commit(nodes)
         clock.mark("other")
@@ -630,6 +632,14 @@ def _as_prompt(input_ids: Tensor) -> Tensor:
     if len(input_ids) == 0:
         raise DecodeError("the prompt is empty; give at least one token (the BOS token, say)")
     return input_ids
+
+
+def _until(stop: frozenset[int], tokens: list[int]) -> tuple[list[int], bool]:
+    """`tokens` up to the first of `stop`, and whether there is one."""
+    for index, token in enumerate(tokens):
+        if token in stop:
+            return tokens[: index + 1], True
+    return tokens, False
 
 
 def _as_set(eos_token_id: int | Sequence[int] | None) -> frozenset[int]:
