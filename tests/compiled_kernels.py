@@ -51,8 +51,9 @@ def main(capability):
     CompiledKernel.function = None
 
     from dynatree import cuda_kernels as kernels
+    from dynatree import gpu
 
-    kernels._dependent = lambda device: capability >= 90
+    gpu.capability = lambda device: divmod(capability, 10)
     workspace = kernels.Workspace(torch.device("cpu"))
     kind = {"dtype": torch.bfloat16}
     for width, inner, heads, counts in PYTHIA:

@@ -9,8 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import yaml
+from micro_pair import micro, study  # noqa: F401 - a fixture
 from models import CONTEXT, STRATEGIES, build, draft_of, oracle, prompt, target_of
 from torch.nn import functional as F
 
@@ -20,6 +23,10 @@ from dynatree.errors import DecodeError
 from dynatree.runner import ModelRunner
 from dynatree.runtime import Runtime
 from dynatree.tree import DraftTree
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
+
+import tiles
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
@@ -403,3 +410,80 @@ def test_every_launch_compiles_for_a_gpu(capability, shared, tmp_path):
     # What begins with an underscore is called by others.
     assert {name for name, _ in launches} == set(re.findall(r"^def ([a-z]\w*)", kernels, re.M))
     assert max(needed for _, needed in launches) <= shared
+
+
+# The benchmark that chose their constants.
+
+
+def test_every_choice_of_tiles_is_timed_and_computes_the_same(
+    kernels,
+    micro,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+):
+    used = []
+
+    class Launch:
+        """Notes what `attend` is launched with."""
+
+        def __getitem__(self, grid):
+            def launch(*args, **options):
+                used.append((*args[-7:-4], options["num_warps"]))
+                return attend[grid](*args, **options)
+
+            return launch
+
+    attend = kernels.programs.attend
+    monkeypatch.setattr(kernels.programs, "attend", Launch())
+    monkeypatch.setattr(tiles, "Runtime", lambda *args, **options: Direct())
+    monkeypatch.setattr(tiles, "ModelRunner", lambda *args: direct(ModelRunner(*args)))
+    config = study(micro, ["The with statement"], {"dynatree": {"strategy": "tree"}}, warmup=0)
+    config["pairs"]["micro"]["device"] = DEVICE.type
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.chdir(tmp_path)
+    options = ["--out", "out", "--runs", "1", "--repeats", "1", "--context", "20"]
+    options += ["--rows", "2", "--constants", "_early", "_ATTEND"]
+    monkeypatch.setattr(sys, "argv", ["bench/tiles.py", *options])
+    before = {name: getattr(kernels, name) for name in ("_early", "_ATTEND")}
+    tiles.main()
+    assert before == {name: getattr(kernels, name) for name in before}
+    (written,) = (tmp_path / "out").glob("tiles-micro-*.json")
+    forwards = json.loads(written.read_text())["forwards"]
+    early = {"early never", "early always"} if gpu.capability(DEVICE) >= (9, 0) else set()
+    assert forwards.keys() == {"target 2", "draft 2"}
+    for choices in forwards.values():
+        others = {"ATTEND 16, 64, 2, 4", "ATTEND 16, 64, 8, 4"}
+        assert choices.keys() == {tiles.PRESENT} | early | others
+        for facts in choices.values():
+            assert facts["difference"] < 1e-5
+            assert facts["ms"] == pytest.approx(1e3 * np.median(facts["seconds"]))
+            assert len(facts["seconds"]) == 1
+    assert set(used) == {(16, 64, steps, 4) for steps in (2, 4, 8)}
+    table = written.with_suffix(".md").read_text()
+    for name, choices in forwards.items():
+        rows = [line for line in table.splitlines() if line.startswith(f"| {name} |")]
+        ratios = [float(row.split("|")[4]) for row in rows]
+        assert len(rows) == len(choices)
+        assert ratios == sorted(ratios)
+        assert f"| {name} | {tiles.PRESENT} |" in table
+
+
+def test_tiles_are_chosen_on_a_gpu(micro, tmp_path, monkeypatch, capsys):  # noqa: F811
+    config = study(micro, ["The with statement"], {"dynatree": {"strategy": "tree"}})
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gpu, "kernels", lambda device: None)
+    monkeypatch.setattr(sys, "argv", ["bench/tiles.py", "--rows", "1"])
+    with pytest.raises(SystemExit):
+        tiles.reporting(tiles.main)
+    assert "need an NVIDIA GPU of compute capability 8.0 or later, got cpu" in (
+        capsys.readouterr().err
+    )
+
+
+def test_every_constant_that_tiles_replaces_is_there(kernels):
+    for choice in tiles.CHOICES:
+        for rows in choice.rows:
+            value = tiles.chosen(choice, kernels, rows)
+            assert type(value) is type(getattr(kernels, choice.constant)) or callable(value)
+            assert value != getattr(kernels, choice.constant), f"{choice.name} is no other"

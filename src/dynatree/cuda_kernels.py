@@ -10,13 +10,13 @@ Work that is split between programs is put together by the last of them to finis
 so that equal inputs give equal outputs bit for bit.
 """
 
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from dynatree import gpu
 from dynatree import triton_kernels as programs
 from dynatree.errors import DecodeError
 
@@ -73,17 +73,12 @@ class Workspace:
         return self.finished
 
 
-@cache
-def _dependent(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
 def _early(states: Tensor) -> bool:
     """Whether a kernel is launched before the one before it has ended (programmatic dependent
     launch, on Hopper and later). It pays for one row, and where much is to be fetched for many;
     for a few rows the room that waiting programs take costs more."""
     rows = len(states)
-    return (rows == 1 or rows > 32) and _dependent(states.device)
+    return (rows == 1 or rows > 32) and gpu.capability(states.device) >= (9, 0)
 
 
 class _Product(NamedTuple):

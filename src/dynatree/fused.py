@@ -21,7 +21,8 @@ def serves(model: PreTrainedModel) -> bool:
         and _is_of_known_kind(model.config)
         and {weight.dtype for weight in model.parameters()} == {model.dtype}
         and model.dtype in DTYPES
-        and not (model.dtype == torch.float32 and gpu.is_small(model.device))
+        # Before Hopper tiles of 32-bit numbers may not fit a processor's shared memory.
+        and not (model.dtype == torch.float32 and gpu.capability(model.device)[0] == 8)
     )
 
 

@@ -13,9 +13,7 @@ def kernels(device: torch.device) -> ModuleType | None:
 
     They need an NVIDIA GPU of compute capability 8.0 or later, and Triton, which PyTorch brings.
     """
-    if device.type != "cuda" or torch.version.hip is not None:
-        return None
-    if torch.cuda.get_device_capability(device) < (8, 0):
+    if capability(device) < (8, 0):
         return None
     try:
         from dynatree import cuda_kernels
@@ -25,9 +23,11 @@ def kernels(device: torch.device) -> ModuleType | None:
 
 
 @cache
-def is_small(device: torch.device) -> bool:
-    """Whether tiles of 32-bit numbers may not fit a processor's shared memory: before Hopper."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0)
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability of an NVIDIA GPU, (9, 0) for Hopper; (0, 0) of what is none."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return 0, 0
+    return torch.cuda.get_device_capability(device)
 
 
 @cache
