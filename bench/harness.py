@@ -29,6 +29,7 @@ from dynatree.files import write_text
 from dynatree.measure import first_difference, timed
 from dynatree.pairs import Pair, load_models
 from dynatree.provenance import provenance
+from dynatree.sources import PACKAGE, source_digest
 from dynatree.specs import RunSpec
 from dynatree.workloads import encode_prompts
 
@@ -245,6 +246,8 @@ def write(
             "pair_digest": setting.pair.digest,
             "prompt_tokens": [len(prompt) for prompt in setting.prompts],
         },
+        # Of the engine, as results of runs hold it: a commit says nothing of a changed checkout.
+        "source_digest": source_digest(PACKAGE / "measure.py"),
         **measured,
         "provenance": {"models": setting.pair.facts, **origin},
     }

@@ -11,6 +11,7 @@ import yaml
 from micro_pair import micro, study  # noqa: F401 - a fixture
 
 from dynatree.errors import ConfigError, LosslessError
+from dynatree.sources import PACKAGE, source_digest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 
@@ -161,6 +162,7 @@ def test_peers_records_every_method_and_the_ratios_follow_from_the_seconds(run, 
         chosen = np.unique(choice["candidates"][choice["chosen"]]["seconds"])
         assert not np.isin(record["methods"][family]["seconds"], chosen).any()
     assert record["setting"]["measure"]["max_new_tokens"] == 6
+    assert record["source_digest"] == source_digest(PACKAGE / "measure.py")
     assert record["provenance"]["versions"]["torch"] == torch.__version__
     assert record["provenance"]["device"]["threads"] == 1
     assert record["provenance"]["command"][0] == "bench/peers.py"

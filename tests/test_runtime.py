@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import gc
+import sys
 import weakref
 from types import SimpleNamespace
 
@@ -22,7 +23,7 @@ from models import (
 from torch import nn
 
 import dynatree
-from dynatree import attention, kernel
+from dynatree import attention, gpu, kernel
 from dynatree.errors import DecodeError
 from dynatree.packing import _PACKED, PackedLinear, packed
 from dynatree.runner import ModelRunner
@@ -277,10 +278,18 @@ def test_onednn_is_as_it_was_after_an_eager_forward(outcome):
     runner = ModelRunner(model, 64, Runtime("eager", CPU))
     with torch.inference_mode():
         runner.prefill(prompt(9))
-        runner._prefill.gpt_neox.embed_in.register_forward_hook(look)
+        runner._model.gpt_neox.embed_in.register_forward_hook(look)
         slots = torch.arange(9, 11)
         inputs = prompt(2), slots, slots, torch.arange(64) <= slots[:, None]
         with contextlib.suppress(KeyboardInterrupt):
             runner.forward(*inputs)
     assert seen == [False]
     assert torch.backends.mkldnn.enabled
+
+
+def test_a_missing_triton_is_said_and_decoding_goes_on(monkeypatch):
+    monkeypatch.setattr(gpu, "capability", lambda device: (9, 0))
+    monkeypatch.setitem(sys.modules, "dynatree.cuda_kernels", None)
+    monkeypatch.delattr(dynatree, "cuda_kernels", raising=False)
+    with pytest.warns(kernel.KernelWarning, match="GPU kernels could not be imported"):
+        assert gpu.kernels.__wrapped__(torch.device("cuda", 0)) is None

@@ -277,10 +277,14 @@ def test_the_draft_reads_the_expanded_nodes_and_no_level_more(name):
 
 
 def states_of(decoder, seed, new=NEW):
-    """The drafter's state before each round."""
-    states = []
-    for _ in decoder.stream(prompt(LENGTH, seed), new):
-        states.append(decoder._drafter._state.tolist())
+    """The drafter's state before each tree."""
+    states, drafter = [], decoder._drafter
+    grow = drafter.grow
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            drafter, "grow", lambda *args: states.append(drafter._state.tolist()) or grow(*args)
+        )
+        decoder.decode(prompt(LENGTH, seed), new)
     return states
 
 
@@ -290,7 +294,7 @@ def test_history_moves_every_round_and_starts_afresh(static):
     decoder = decoder_of(strategy, static=static)
     first = states_of(decoder, 0)
     assert first[0] == [0.5, 0.5, 0.5]
-    for before, after in pairwise(first[:-1]):
+    for before, after in pairwise(first):
         assert after[:-1] == before[1:]
         assert 0.0 <= after[-1] <= 1.0
     assert len({state[-1] for state in first}) > 2

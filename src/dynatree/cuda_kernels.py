@@ -1,10 +1,10 @@
 """Triton kernels for a few rows: a GPT-NeoX layer, tree attention, best tokens, draft trees.
 
 With a few rows a forward takes the time in which its weights can be read, plus what every launch
-takes to fill and to empty the device, some 3 us. So a layer is what enters it (normalisation, then
-both projections of it at once, with GELU), attention (rotary positions, storing in the KV cache,
-tree mask), and what leaves it (both projections back, and the sum). Sums are in float32, and what
-Transformers rounds to the model's dtype is rounded here.
+takes to fill and to empty the device, some 3 us. So a layer is normalisation, what enters it (both
+projections of it at once, with GELU; with the normalisation where it is narrow), attention (rotary
+positions, storing in the KV cache, tree mask), and what leaves it (both projections back, and the
+sum). Sums are in float32, and what Transformers rounds to the model's dtype is rounded here.
 
 Work that is split between programs is put together by the last of them to finish, in a fixed order,
 so that equal inputs give equal outputs bit for bit.
@@ -138,7 +138,7 @@ def select_columns(table: Tensor, indices: Tensor) -> Tensor:
 def grow(
     values: Tensor,
     best: Tensor,
-    above: Tensor,
+    parent_log_probs: Tensor,
     first: int,
     size: int,
     least: float,
@@ -148,7 +148,7 @@ def grow(
 
     Args:
         values, best: float32 and int64 [w, count], each node's own: log-probabilities and tokens.
-        above: float32 [w], the nodes' cumulative log-probabilities.
+        parent_log_probs: float32 [w], the nodes' cumulative log-probabilities.
         first: index of the level's first node.
         size: nodes of the tree.
         least: lowest cumulative log-probability.
@@ -157,8 +157,8 @@ def grow(
     tokens, parents, depths, log_probs, attends = tree
     columns = attends.shape[1]
     programs.grow[(values.numel(),)](
-        values, best, above, tokens, parents, depths, log_probs, attends.view(torch.uint8),
-        first, size, least, columns, values.shape[1], _power(columns),
+        values, best, parent_log_probs, tokens, parents, depths, log_probs,
+        attends.view(torch.uint8), first, size, least, columns, values.shape[1], _power(columns),
         num_warps=4,
     )  # fmt: skip
 
@@ -211,6 +211,7 @@ def enter(hidden: Tensor, norms: list[Any], linears: list[Any]) -> list[Tensor]:
     """A layer's projections [n, ...] of `hidden` [n, width]: of norm 1, and GELU of that of norm 2.
 
     Args:
+        hidden: up to `MOST_ROWS` rows.
         norms, linears: two LayerNorm and two Linear modules.
     """
     rows, width = hidden.shape
@@ -250,7 +251,14 @@ def enter(hidden: Tensor, norms: list[Any], linears: list[Any]) -> list[Tensor]:
 def leave(
     hidden: Tensor, attended: Tensor, active: Tensor, linears: list[Any], workspace: Workspace
 ) -> Tensor:
-    """`hidden` [n, width] + `attended` [n, width] by linear 1 + `active` [n, inner] by linear 2."""
+    """`hidden` [n, width] + `attended` [n, width] by linear 1 + `active` [n, inner] by linear 2.
+
+    Args:
+        hidden: up to `MOST_ROWS` rows.
+
+    Raises:
+        DecodeError: more pieces of work than `workspace` counts.
+    """
     rows, width = hidden.shape
     early = _early(hidden)
     inner = active.shape[1]
@@ -339,6 +347,9 @@ def attend(
 
     Returns:
         [n, width].
+
+    Raises:
+        DecodeError: more pieces of work than `workspace` counts.
     """
     rows, visible = masks.old.shape
     early = _early(states)
@@ -368,9 +379,16 @@ def best(
 ) -> tuple[Tensor, Tensor]:
     """The `count` largest of each row of `logits` [n, vocabulary], the smaller token on a tie.
 
+    Args:
+        count: up to `MOST_BEST`.
+        log_probs: whether log-probabilities are wanted, and not the logits themselves.
+
     Returns:
-        float32 [n, count], the logits or their log-probabilities, falling, and not a number where a
-        row holds a NaN; int64 [n, count], the tokens.
+        float32 [n, count], falling, and not a number where a row holds a NaN; int64 [n, count], the
+        tokens.
+
+    Raises:
+        DecodeError: more pieces of work than `workspace` counts.
     """
     rows, vocabulary = logits.shape
     early = _early(logits)

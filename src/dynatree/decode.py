@@ -89,8 +89,9 @@ class Decoder:
         Tokens are chosen as `sampling` says; None, like a temperature of 0, is greedily.
 
         Raises:
-            DecodeError: the strategy needs a draft and there is none, the vocabularies differ, a
-                model cannot hold `max_length` tokens, or the device has no such runtime.
+            DecodeError: the strategy needs a draft and there is none; the vocabularies or the
+                devices differ; a model cannot hold `max_length` tokens, or its attention takes no
+                tree mask (see `ModelRunner`); the device has no such runtime.
         """
         device = target.device
         self.strategy = strategy
@@ -273,7 +274,7 @@ class Decoder:
         eos_token_id: int | Sequence[int] | None = None,
         seed: int | None = None,
     ) -> Generation:
-        """Generates up to `max_new_tokens` tokens; see `generate`."""
+        """Generates up to `max_new_tokens` tokens; arguments and errors as `stream`."""
         stats = Stats()
         tokens: list[int] = []
         for chunk in self.stream(input_ids, max_new_tokens, eos_token_id, stats, seed):
@@ -290,11 +291,16 @@ class Decoder:
     ) -> Iterator[list[int]]:
         """Yields the tokens of each round as they are committed, and fills in `stats`.
 
-        `seed` takes the place of the sampling's for this sequence.
+        Args:
+            input_ids: int64 [L] or [1, L], the prompt.
+            max_new_tokens: tokens to generate at most.
+            eos_token_id: generation ends after any of these.
+            seed: takes the place of the sampling's for this sequence.
 
         Raises:
-            DecodeError: an empty or wrongly shaped prompt, a token outside the vocabulary, more
-                tokens than `max_length`, or NaN logits.
+            DecodeError: a prompt that is empty or not int64 of that shape, a token outside the
+                vocabulary, no token or more tokens than `max_length` wanted, NaN logits, or another
+                sequence that was begun meanwhile.
         """
         prompt = self._check(input_ids, max_new_tokens)
         self.prepare()
@@ -365,7 +371,7 @@ class Decoder:
             self._missed = 0
             rule = steps = 0
             # Done while the device verifies: the next choice is the first to need it.
-            learn: Callable[[], object] = bool
+            learn: Callable[[], object] | None = None
             while remaining > 0:
                 if self._drafter is not None and not grown:
                     rule = self._choose_rule(learn)
@@ -393,7 +399,7 @@ class Decoder:
                     clock.mark("consumer")
                 report = self._report.read()
                 if self._controller is not None:
-                    learn = partial(self._observe, *verified, report)
+                    learn = partial(self._teach, *verified, report)
                 chunk, ends = _until(stop, report.tokens[:remaining])
                 bound += len(report.tokens)
                 remaining = 0 if ends else remaining - len(chunk)
@@ -453,14 +459,15 @@ class Decoder:
         self._report.chosen(best)
         return choices
 
-    def _choose_rule(self, learn: Callable[[], object]) -> int:
+    def _choose_rule(self, learn: Callable[[], object] | None) -> int:
         """The rule of the next tree, after `learn` told the controller of the last round."""
         if self._controller is None:
             return 0
-        learn()
+        if learn is not None:
+            learn()
         return self._controller.choose()
 
-    def _observe(self, rule: int, steps: int, nodes: int, remaining: int, report: Reading) -> None:
+    def _teach(self, rule: int, steps: int, nodes: int, remaining: int, report: Reading) -> None:
         """Tells the controller how a round went that had to commit `remaining` tokens at most."""
         assert self._controller is not None
         self._controller.observe(

@@ -38,7 +38,6 @@ class Drafter:
         sampler: Sampler | None = None,
     ) -> None:
         self.runner = runner
-        self.strategy = strategy
         self._sampler = sampler
         self.forwards = 0
         self.observer: Observer | None = None
@@ -66,7 +65,7 @@ class Drafter:
         unread = max(2, 1 + strategy.ngram_tokens)
         self._recent = torch.arange(1 - unread, 1, device=runner.device)
         # Those, and what rounds without a draft step left besides.
-        self._missed = torch.arange(1 - unread - MAX_PAUSE, 1, device=runner.device)
+        self._unread = torch.arange(1 - unread - MAX_PAUSE, 1, device=runner.device)
         self._slots = torch.arange(runner.cache.capacity, device=runner.device)
         self._counted = self._slots + 1
         self._grafts = strategy.ngram_tokens > 0
@@ -97,14 +96,13 @@ class Drafter:
     def follow(self, rule: int) -> None:
         """The next trees grow by the rule of this index among those of the strategy."""
         self._rule = self._rules[rule]
-        self.strategy = self._rule.strategy
 
     def catch_up(self, history: Tensor, position: Tensor, visible: int, rounds: int) -> None:
         """Reads what `rounds` rounds without a draft step, `MAX_PAUSE` at most, left unread."""
-        missed = self._missed
+        unread = self._unread
         if self._trim:
-            missed = missed[-len(self._recent) - rounds :]
-        self._read(history, position, visible, missed)
+            unread = unread[-len(self._recent) - rounds :]
+        self._read(history, position, visible, unread)
 
     def grow(self, history: Tensor, position: Tensor, max_depth: int, visible: int) -> DraftTree:
         """Grows a tree from the last committed token.
@@ -161,11 +159,12 @@ class Drafter:
         tree.join()
         if self._grafts:
             self._first_grafted.fill_(tree.size)
-        if self.strategy.ngram_tokens > 0:
-            self._graft(history[:visible], position, min(self.strategy.ngram_tokens, max_depth))
+        ngram_tokens = self._rule.strategy.ngram_tokens
+        if ngram_tokens > 0:
+            self._graft(history[:visible], position, min(ngram_tokens, max_depth))
         selected = self._select()
         if self.observer is not None:
-            self.observer.grown(self.strategy, tree, self.origins[: selected.size])
+            self.observer.grown(self._rule.strategy, tree, self.origins[: selected.size])
         return selected
 
     def _seen(self, used: int, most: int) -> int:
@@ -265,7 +264,7 @@ class Drafter:
             int64 [m], which of the w * children continuations stay; int64 and float32 [m], their
             tokens and cumulative log-probabilities.
         """
-        tree, rule, strategy = self._grown, self._rule, self.strategy
+        tree, rule, strategy = self._grown, self._rule, self._rule.strategy
         children = rule.children
         if self._sampler is None:
             log_probs, tokens = most_probable(logits, children)
@@ -319,7 +318,7 @@ class Drafter:
             infinity where a node is read only to fill a static shape.
         """
         limit = self._rule.limits[depth - 1]
-        rule = self.strategy.expands(log_probs, depth, self._state)
+        rule = self._rule.strategy.expands(log_probs, depth, self._state)
         if rule is not None and self._trim:
             chosen = rule.nonzero().view(-1)
             if len(chosen) > limit:
@@ -366,7 +365,7 @@ class Drafter:
         """Tells the strategy that a round with the verified `tree` committed `count` [1] tokens."""
         if len(self._state) > 0:
             offered = tree.first(tree.size).depths.max(dim=0, keepdim=True).values
-            self._state.copy_(self.strategy.adapted(self._state, count - 1, offered))
+            self._state.copy_(self._rule.strategy.adapted(self._state, count - 1, offered))
 
     def is_chain(self, path: Tensor) -> bool:
         """Whether the nodes `path` [m] of the verified tree, and the grown one, are the first m."""

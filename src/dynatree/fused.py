@@ -1,4 +1,8 @@
-"""The forward of an unmodified GPT-NeoX model on CUDA in four kernel launches per layer."""
+"""The forward of an unmodified GPT-NeoX model on CUDA by kernels of our own.
+
+Of up to 64 rows a layer is four launches, three where it is narrow (see `cuda_kernels.enter`); of
+more, the library's products and our attention.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +88,7 @@ class Forward:
         attention_mask: Tensor,
         past_key_values: SlotCache,
     ) -> Tensor:
+        """Logits [1, n, vocabulary]; arguments as `runtime.forward`, whose mask is of booleans."""
         kernels, base, workspace = self._kernels, self._model.gpt_neox, self._workspace
         masks = kernels.divide_mask(attention_mask[0, 0], past_key_values.slots)
         hidden = kernels.select_rows(base.embed_in.weight, input_ids[0])

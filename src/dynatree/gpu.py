@@ -1,23 +1,33 @@
 """Which devices the Triton kernels run on."""
 
+import warnings
 from functools import cache
 from types import ModuleType
 from typing import Any
 
 import torch
 
+from dynatree.kernel import KernelWarning
+
 
 @cache
 def kernels(device: torch.device) -> ModuleType | None:
     """`dynatree.cuda_kernels` for tensors on `device`; None where PyTorch's operators serve.
 
-    They need an NVIDIA GPU of compute capability 8.0 or later, and Triton, which PyTorch brings.
+    They need an NVIDIA GPU of compute capability 8.0 or later, and Triton, which PyTorch brings;
+    where that cannot be imported, a warning says so.
     """
     if capability(device) < (8, 0):
         return None
     try:
         from dynatree import cuda_kernels
-    except ImportError:
+    except ImportError as error:
+        warnings.warn(
+            f"the GPU kernels could not be imported ({error}); decoding goes on without them, more "
+            f"slowly. Install the Triton that PyTorch {torch.__version__} asks for",
+            KernelWarning,
+            stacklevel=2,
+        )
         return None
     return cuda_kernels
 

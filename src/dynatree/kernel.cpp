@@ -265,7 +265,7 @@ void largest(const float* scores, int64_t size, int64_t count, float* best, int6
   }
 }
 
-int64_t grow_level(const at::Tensor& logits, const std::optional<at::Tensor>& chosen, int64_t above,
+int64_t grow_level(const at::Tensor& logits, const std::optional<at::Tensor>& chosen, int64_t first,
                    int64_t size, int64_t count, double least, int64_t width, int64_t budget,
                    const at::Tensor& tokens, const at::Tensor& parents, const at::Tensor& depths,
                    const at::Tensor& log_probs, const at::Tensor& attends) {
@@ -274,8 +274,8 @@ int64_t grow_level(const at::Tensor& logits, const std::optional<at::Tensor>& ch
     return tensor.scalar_type() == type && tensor.numel() == capacity * columns &&
            tensor.is_contiguous();
   };
-  TORCH_CHECK(logits.dim() == 2 && 0 < count && count <= vocabulary && 0 < budget && 0 <= above &&
-                  above + (chosen ? 1 : rows) <= size && (!chosen || chosen->numel() == rows) &&
+  TORCH_CHECK(logits.dim() == 2 && 0 < count && count <= vocabulary && 0 < budget && 0 <= first &&
+                  first + (chosen ? 1 : rows) <= size && (!chosen || chosen->numel() == rows) &&
                   size + std::min(width, rows * count) < capacity &&
                   holds(tokens, at::kLong, 1) && holds(parents, at::kLong, 1) &&
                   holds(depths, at::kLong, 1) && holds(log_probs, at::kFloat, 1) &&
@@ -295,9 +295,9 @@ int64_t grow_level(const at::Tensor& logits, const std::optional<at::Tensor>& ch
   std::vector<float> reached(log_prob, log_prob + size);
   reached.resize(size + rows * count);
   for (int64_t row = 0; row < rows; ++row) {
-    from[row] = above + (which ? which[row] : row);
-    TORCH_CHECK(above <= from[row] && from[row] < size, "dynatree::grow_level: no node ",
-                from[row] - above, " in the level");
+    from[row] = first + (which ? which[row] : row);
+    TORCH_CHECK(first <= from[row] && from[row] < size, "dynatree::grow_level: no node ",
+                from[row] - first, " in the level");
     float* best = reached.data() + size + row * count;
     largest(score + row * vocabulary, vocabulary, count, best, found.data() + row * count);
     for (int64_t child = 0; child < count; ++child) best[child] += log_prob[from[row]];
@@ -379,7 +379,7 @@ TORCH_LIBRARY(dynatree, library) {
   library.def(
       "attend(Tensor queries, Tensor keys, Tensor values, Tensor mask, float scale) -> Tensor");
   library.def(
-      "grow_level(Tensor logits, Tensor? chosen, int above, int size, int count, float least,"
+      "grow_level(Tensor logits, Tensor? chosen, int first, int size, int count, float least,"
       " int width, int budget, Tensor(a!) tokens, Tensor(b!) parents, Tensor(c!) depths,"
       " Tensor(d!) log_probs, Tensor(e!) attends) -> int");
   library.def("walk(Tensor tokens, Tensor parents, Tensor choices) -> Tensor");

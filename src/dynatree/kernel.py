@@ -154,7 +154,7 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: f
 def grow_level(
     logits: Tensor,
     chosen: Tensor | None,
-    above: int,
+    first: int,
     size: int,
     count: int,
     least: float,
@@ -170,7 +170,7 @@ def grow_level(
     Args:
         logits: [w, vocabulary], the draft's after each node.
         chosen: int64 [w], which of the level's nodes these are; None for its first w.
-        above: index of the level's first node.
+        first: index of the level's first node.
         size: nodes of the tree.
         count: continuations of each node.
         least: lowest cumulative log-probability.
@@ -181,7 +181,7 @@ def grow_level(
         Nodes appended.
     """
     appended: int = torch.ops.dynatree.grow_level.default(
-        logits, chosen, above, size, count, least, width, budget, *tree
+        logits, chosen, first, size, count, least, width, budget, *tree
     )
     return appended
 

@@ -9,14 +9,14 @@ from typing import Any
 import psutil
 import torch
 
-from dynatree import kernel
+from dynatree import gpu, kernel
 
 LIBRARIES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "snakemake")
 
 
 def device_facts(device: torch.device) -> dict[str, Any]:
-    """Type and name of the device, the threads in use, and the GPU's driver and clocks; of a CPU,
-    whether linear layers are multiplied by `dynatree.kernel`."""
+    """Type and name of the device, the threads in use, and the GPU's driver and clocks; whether our
+    kernels serve it: `dynatree.kernel` on a CPU, `dynatree.cuda_kernels` on a GPU."""
     facts: dict[str, Any] = {
         "type": device.type,
         "name": _cpu_name(),
@@ -29,6 +29,7 @@ def device_facts(device: torch.device) -> dict[str, Any]:
             "name": properties.name,
             "memory_bytes": properties.total_memory,
             "cuda": torch.version.cuda,
+            "kernel": gpu.kernels(device) is not None,
             **_nvml_facts(device),
         }
     else:

@@ -58,7 +58,22 @@ class Widen(Section):
 
 
 class Recipe(Section):
-    """How the embedded pair is trained; see `dynatree.embedded`."""
+    """How the embedded pair is trained; see `dynatree.embedded`.
+
+    Attributes:
+        seed: of the weights and of what they are shown.
+        corpus_characters: text of the Python documentation that is trained on, from its beginning.
+        vocab_size: tokens of the byte-pair tokenizer, which is trained on that text.
+        context: tokens that both models hold.
+        sequence: tokens of each piece of text that is trained on.
+        batch: such pieces per step of the target.
+        target_steps, target_learning_rate: of the target; AdamW's largest, a fifth of Muon's.
+        rollouts: greedy continuations by the target that the draft learns from, as it will have to
+            guess them.
+        rollout_prompt, rollout_tokens: tokens of text before each, and of the continuation.
+        draft_steps, draft_batch, draft_learning_rate: of the draft.
+        widen: a larger geometry that computes the same; see `dynatree.embedded.widen`.
+    """
 
     seed: int = 0
     corpus_characters: Annotated[int, Field(ge=2_000)] = 465_000

@@ -19,7 +19,8 @@ class ModelRunner:
         """Prepares `model` (batch 1) with `capacity` KV slots.
 
         Raises:
-            DecodeError: the model's attention cannot take a tree mask.
+            DecodeError: the model's attention takes no tree mask, or not all of its layers are
+                full attention.
         """
         text_config = model.config.get_text_config()
         attention = text_config._attn_implementation
@@ -41,11 +42,11 @@ class ModelRunner:
         # Rows of the output layer.
         self.vocab_size = int(text_config.vocab_size)
         self.cache = SlotCache(text_config.num_hidden_layers, capacity)
-        self._prefill = packed(model)
-        self._call = runtime.callable(self._prefill)
+        self._model = packed(model)
+        self._call = runtime.callable(self._model)
         # The eager implementation adds its mask to the scores. SDPA takes booleans too, but on a
         # CPU turns them into numbers in every layer anew.
-        used = self._prefill.config.get_text_config()._attn_implementation
+        used = self._model.config.get_text_config()._attn_implementation
         self._additive = used == "eager" or (used == "sdpa" and self.device.type == "cpu")
         self._shown = torch.zeros((), dtype=self.dtype, device=self.device)
         self._hidden = torch.full_like(self._shown, torch.finfo(self.dtype).min)
@@ -57,11 +58,14 @@ class ModelRunner:
 
         Returns:
             Logits [1, vocabulary] after the last of them.
+
+        Raises:
+            DecodeError: the cache has fewer slots.
         """
         slots = torch.arange(len(tokens), device=self.device)
         self.cache.place(slots, len(tokens))
         # Without a mask of ours, Transformers takes its fast causal path.
-        output = self._prefill(
+        output = self._model(
             input_ids=tokens[None],
             position_ids=slots[None],
             past_key_values=self.cache,
@@ -85,6 +89,9 @@ class ModelRunner:
 
         Returns:
             Logits [n, vocabulary] in the model's dtype.
+
+        Raises:
+            DecodeError: the cache has fewer slots than the mask.
         """
         self.cache.place(slots, mask.shape[-1])
         mask = mask.view(1, 1, *mask.shape)

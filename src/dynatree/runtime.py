@@ -49,8 +49,8 @@ class Runtime:
     running it is the same as replaying what was captured of it.
 
     Attributes:
-        mode: `eager`, `compiled` (`torch.compile` of the models' forward) or `cudagraph` (that,
-            captured together with all that lies between two forwards).
+        mode: `eager`, `compiled` (`torch.compile` of the models' forward) or `cudagraph` (that, or
+            `dynatree.fused` where it serves, captured with all that lies between two forwards).
         static: shapes depend on the strategy alone and are rounded up to buckets, and the host
             reads one tensor per round: for devices where a read waits for all work in flight. On a
             CPU reads are free, and every forward holds exactly the living nodes.
@@ -120,6 +120,7 @@ class Runtime:
         next lies in tensors that were there before.
 
         Args:
+            phases: each by the key that `run` is given.
             reset: makes a state that every phase can start from; called before each run.
         """
         if self.mode == "cudagraph":

@@ -446,9 +446,8 @@ class Auto(StrategyBase):
     """Each round the candidate that is expected to give most tokens per second; see `Controller`.
 
     Costs are measured on the models at hand, acceptance is learnt from the rounds. With
-    `Autoregressive` among the candidates, a draft that does not pay is let rest. The default
-    covers chains and trees, and budgets that suit static shapes. What is chosen depends on times,
-    so rounds differ from run to run, and tokens do not.
+    `Autoregressive` among the candidates, a draft that does not pay is let rest. What is chosen
+    depends on times, so rounds differ from run to run, and tokens do not.
     """
 
     strategy: Literal["auto"] = "auto"
@@ -457,7 +456,8 @@ class Auto(StrategyBase):
         Autoregressive(),
         *(Linear(num_draft_tokens=tokens) for tokens in (2, 4, 6, 8)),
         *(
-            Tree(depth=8, branch_factor=2, prune_threshold=threshold, node_budget=64)
+            # With the root 64 rows, which is what static shapes are padded to.
+            Tree(depth=8, branch_factor=2, prune_threshold=threshold, node_budget=63)
             for threshold in (0.02, 0.05)
         ),
         BestFirst(),

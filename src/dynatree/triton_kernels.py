@@ -750,7 +750,7 @@ def select_columns(table, indices, out, count, stride, PART: tl.constexpr, EARLY
 def grow(
     values,
     best,
-    above,
+    parent_log_probs,
     tokens,
     parents,
     depths,
@@ -767,7 +767,7 @@ def grow(
     index = tl.program_id(0)
     parent = first + index // CHILDREN
     row = size + index
-    log_prob = tl.load(values + index) + tl.load(above + index // CHILDREN)
+    log_prob = tl.load(values + index) + tl.load(parent_log_probs + index // CHILDREN)
     # What is not a number is not less.
     tl.store(log_probs + row, tl.where(log_prob < least, float("-inf"), log_prob))
     tl.store(tokens + row, tl.load(best + index))
