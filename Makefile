@@ -53,7 +53,7 @@ reference: paper
 	scripts/keep_reference.sh docs/reference
 
 clean:
-	rm -rf .snakemake results/pairs results/runs results/logs results/ablation.*
+	rm -rf .snakemake results
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -24,6 +24,7 @@ rule certify:
     params:
         spec=certificate_spec,
         packed=packed_certificate_spec,
+    # Descriptor 3 is the terminal, past the log: see dynatree.progress.
     shell:
         "exec 3>&1; "
         "python {input.script} --spec {params.packed} --threads {threads} "

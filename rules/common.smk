@@ -1,5 +1,6 @@
 """The validated configuration and the names that the rules share."""
 
+import re
 from pathlib import Path
 
 from dynatree.ablation import BACKWARD
@@ -71,10 +72,18 @@ else:
 TREES = [f"results/trees/{STUDY.pair}/{name}.json" for name in STUDY.trees.configs]
 
 
+def one_of(names):
+    """A pattern that matches these names and, where there are none, nothing."""
+    return "|".join(map(re.escape, names)) or "(?!)"
+
+
+# What is asked for under another pair's name is measured by changing `pair` in the configuration.
 wildcard_constraints:
-    section="|".join(SECTIONS),
-    experiment="|".join(EXPERIMENTS),
-    text="|".join(TEXTS),
+    section=one_of(SECTIONS),
+    experiment=one_of(EXPERIMENTS),
+    text=one_of(TEXTS),
+    pair=one_of([STUDY.pair]),
+    name="[^/]+",
 
 
 # What every job that loads the pair asks for. On a cluster Snakemake has no cores of its own to

@@ -37,7 +37,7 @@ rule experiment_text:
         script="scripts/render_experiment.py",
         sources=imported_sources("scripts/render_experiment.py"),
         template="paper/templates/experiment.tex.j2",
-        experiment=rules.aggregate_experiment.output.json,
+        experiment="results/experiments/{experiment}.json",
         aggregated_by=AGGREGATING_EXPERIMENT,
         runs=experiment_runs,
     output:
@@ -57,7 +57,7 @@ rule experiment_figure:
     input:
         script="scripts/draw_experiment.py",
         sources=imported_sources("scripts/draw_experiment.py"),
-        experiment=rules.aggregate_experiment.output.json,
+        experiment="results/experiments/{experiment}.json",
         aggregated_by=AGGREGATING_EXPERIMENT,
         runs=experiment_runs,
     output:

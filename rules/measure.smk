@@ -23,6 +23,7 @@ rule measure:
         runtime=JOB.minutes,
     params:
         spec=run_spec,
+    # Descriptor 3 is the terminal, past the log: see dynatree.progress.
     shell:
         "exec 3>&1; "
         "python {input.script} --spec {params.spec:q} --threads {threads} "

@@ -11,6 +11,8 @@ rule train_pair:
         "results/pairs/{pair}/draft/model.safetensors",
     log:
         "results/logs/train_pair/{pair}.log",
+    wildcard_constraints:
+        pair=one_of(name for name, models in STUDY.pairs.items() if models.recipe),
     conda:
         "../envs/dynatree.yaml"
     threads: JOB_THREADS
@@ -23,6 +25,7 @@ rule train_pair:
     params:
         recipe=pair_recipe,
         device=pair_device,
+    # Descriptor 3 is the terminal, past the log: see dynatree.progress.
     shell:
         "exec 3>&1; "
         "python {input.script} --recipe {params.recipe:q} --device {params.device} "

@@ -1,6 +1,11 @@
 """From results to the paper: aggregation, texts, figures, manifest, PDF."""
 
-ROOFLINES = sorted(glob_wildcards("bench/results/roofline-{record}.json").record)
+ROOFLINES = sorted(
+    f"paper/figures/{machine}/roofline-{record}.pdf"
+    for machine, record in zip(
+        *glob_wildcards("bench/results/{machine}/roofline-{record}.json")
+    )
+)
 
 
 # Its own parameters name every specification, so that it is stale by itself when a measurement of
@@ -122,17 +127,17 @@ rule roofline_figure:
     input:
         script="scripts/draw_roofline.py",
         sources=imported_sources("scripts/draw_roofline.py"),
-        record="bench/results/roofline-{record}.json",
+        record="bench/results/{machine}/roofline-{record}.json",
     output:
-        pdf="paper/figures/roofline-{record}.pdf",
+        pdf="paper/figures/{machine}/roofline-{record}.pdf",
         png=report(
-            "paper/figures/roofline-{record}.png",
+            "paper/figures/{machine}/roofline-{record}.png",
             caption="captions/roofline.rst",
             category="Figures",
-            labels={"section": "bench", "figure": "roofline {record}"},
+            labels={"section": "{machine}", "figure": "roofline {record}"},
         ),
     log:
-        "results/logs/roofline_figure/{record}.log",
+        "results/logs/roofline_figure/{machine}/{record}.log",
     conda:
         "../envs/dynatree.yaml"
     shell:
@@ -225,11 +230,12 @@ rule rendered:
             kind=["pdf", "png"],
             experiment=PAPER_EXPERIMENTS,
         ),
-        expand("paper/figures/roofline-{record}.pdf", record=ROOFLINES),
+        ROOFLINES,
 
 
 rule paper:
     input:
+        script="scripts/build_pdf.sh",
         main="paper/main.tex",
         references="paper/references.bib",
         sections=expand("paper/{section}.tex", section=SECTIONS),
@@ -249,4 +255,4 @@ rule paper:
     conda:
         "../envs/dynatree.yaml"
     shell:
-        "scripts/build_pdf.sh {input.main} 2>&1 | tee {log}"
+        "{input.script} {input.main} 2>&1 | tee {log}"

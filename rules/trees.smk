@@ -23,6 +23,7 @@ rule record_trees:
         runtime=JOB.minutes,
     params:
         spec=trees_spec,
+    # Descriptor 3 is the terminal, past the log: see dynatree.progress.
     shell:
         "exec 3>&1; "
         "python {input.script} --spec {params.spec:q} --threads {threads} "

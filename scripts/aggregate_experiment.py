@@ -1,4 +1,4 @@
-"""Aggregates the runs of an experiment; a front end to `dynatree.aggregate`."""
+"""Aggregates the runs of an experiment; a front end to `dynatree.aggregate_experiment`."""
 
 import argparse
 import json

@@ -6,7 +6,7 @@ rm -rf "$folder/runs" "$folder/experiments"
 mkdir -p "$folder/experiments"
 cp -r results/runs "$folder/runs"
 cp results/certificate.json "$folder/"
-for section in ablation families; do
+for section in $(python -c 'from dynatree.config import load_config; print(*load_config().sections)'); do
     cp "results/$section.json" "results/$section.csv" "$folder/"
 done
 for name in $(python -c 'from dynatree.config import load_config; print(*load_config().paper.experiments)'); do

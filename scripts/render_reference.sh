@@ -2,7 +2,7 @@
 # Renders the results in the given folder, once more or for the first time, and the README's tables.
 set -euo pipefail
 folder=$1
-sections=(ablation families)
+read -ra sections <<<"$(python -c 'from dynatree.config import load_config; print(*load_config().sections)')"
 experiments=()
 for name in $(python -c 'from dynatree.config import load_config; print(*load_config().paper.experiments)'); do
     if [ -f "$folder/experiments/$name.json" ]; then
@@ -23,7 +23,7 @@ for name in "${experiments[@]}"; do
     python scripts/draw_experiment.py --experiment "$file.json" --pdf "$file.pdf" --png "$file.png"
     rm "$file.pdf"
 done
-for text in numbers prose tables; do
+for text in $(python -c 'from dynatree.config import TEXTS; print(*TEXTS)'); do
     python scripts/render_paper.py --results "$folder" --runs "$folder/runs" --sections "${sections[@]}" \
         --experiments "${experiments[@]}" --template "paper/templates/$text.tex.j2" --out "$folder/$text.tex"
 done

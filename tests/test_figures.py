@@ -18,7 +18,7 @@ from dynatree.roofline import read_roofline
 
 ROOT = Path(__file__).parent.parent
 REFERENCE = ROOT / "docs/reference"
-RECORD = ROOT / "bench/results/roofline-embedded-cpu-auto.json"
+RECORD = ROOT / "bench/results/amd-epyc-avx512/roofline-embedded-cpu-auto.json"
 
 
 def around(value, by=0.1):

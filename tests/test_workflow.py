@@ -396,6 +396,44 @@ def test_sections_are_targets_too(project):
     assert details == {"section_detail": 3, "ablation": 1}
 
 
+@pytest.mark.parametrize(
+    "target",
+    [
+        "results/runs/elsewhere/tree.json",
+        "results/runs/micro/more/tree.json",
+        "results/trees/elsewhere/tree.json",
+        "results/pairs/elsewhere/training.json",
+        # There are no experiments at all.
+        "results/experiments/sweep.json",
+    ],
+)
+def test_nothing_is_made_under_a_name_that_the_configuration_has_not(project, target):
+    done = snakemake(project, "-n", target)
+    assert done.returncode == 1
+    assert f"No rule to produce {target}" in done.stdout
+
+
+def test_the_environment_for_conda_installs_the_project(project, tmp_path):
+    """Snakemake runs the script in the project's folder; a path in the YAML file would lead from
+    the folder of its copy."""
+    environment = yaml.safe_load((project / "envs/dynatree.yaml").read_text())
+    assert all(isinstance(package, str) for package in environment["dependencies"])
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$@"\n')
+    python.chmod(0o755)
+    script = "envs/dynatree.post-deploy.sh"
+    done = subprocess.run(
+        ["bash", script],
+        cwd=PROJECT,
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == "-m pip install --constraint constraints.txt --editable .".split()
+    assert (PROJECT / "constraints.txt").is_file()
+
+
 def test_the_paper_takes_in_the_experiments_that_it_names(experimental):
     append(experimental / CONFIG, "paper: {experiments: [sweep]}\n")
     assert planned(experimental) == {}
