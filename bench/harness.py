@@ -133,6 +133,9 @@ def load(arguments: argparse.Namespace, name: str) -> Setting:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     pair = load_models(spec.pair, spec.models)
+    if pair.target.device.type == "cuda":
+        # What is launched, captured and timed is on the current device.
+        torch.cuda.set_device(pair.target.device)
     return Setting(spec, pair, encode_prompts(spec, pair), arguments.out, started)
 
 

@@ -34,6 +34,10 @@ from dynatree.specs import RunSpec
 SOURCE = "5" * 64
 CERTIFYING = "6" * 64
 WEIGHTS = "a" * 64
+PROVENANCE = {
+    "device": {"type": "cpu", "name": "Test CPU", "threads": 2},
+    "git": {"commit": "c" * 40, "dirty": False},
+}
 AUTOREGRESSIVE_RATE = 100.0
 
 
@@ -116,10 +120,7 @@ def result(spec: RunSpec, speedups=None, rounds=None, **changes) -> RunResult:
             "outputs": [output(prompt) for prompt in range(prompts)],
             "totals": totals([entry for entry in records if entry.method == "strategy"]),
             "peak_memory_bytes": 1_000_000,
-            "provenance": {
-                "device": {"type": "cpu", "name": "Test CPU", "threads": 2},
-                "git": {"commit": "c" * 40, "dirty": False},
-            },
+            "provenance": PROVENANCE,
             "started": datetime(2026, 1, 1, tzinfo=UTC),
             "finished": datetime(2026, 1, 2, tzinfo=UTC),
             **changes,
@@ -214,7 +215,7 @@ def certificate(study: Config, departures=None, names=None, **changes) -> Certif
             "source_digest": CERTIFYING,
             "pair_digest": WEIGHTS,
             "configurations": checks,
-            "provenance": {},
+            "provenance": PROVENANCE,
             "started": datetime(2026, 1, 1, tzinfo=UTC),
             "finished": datetime(2026, 1, 2, tzinfo=UTC),
             **changes,

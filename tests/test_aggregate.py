@@ -370,6 +370,10 @@ OTHERS = {
         lambda study: synthetic.certificate(study, names=["ar", "linear"]),
         r"strategies\.tree: measured None",
     ),
+    "another device": (
+        lambda study: synthetic.certificate(study, **provenance(name="Other CPU")),
+        "made on 'Other CPU', but ar was measured on 'Test CPU'",
+    ),
 }
 
 
@@ -583,6 +587,19 @@ def test_rows_are_grouped_by_device_and_none_is_compared_across_them(tmp_path):
     path = tmp_path / "ablation.json"
     write_ablation(path, ablation)
     assert read_ablation(path) == ablation
+
+
+def test_a_certificate_says_nothing_of_another_device(tmp_path):
+    study = synthetic.config(**GROUPED)
+    certified = synthetic.certificate(study, **provenance(name="Other CPU"))
+    ablation = synthetic.ablation(
+        tmp_path, study, changes=on(tree="Other CPU", linear="Other CPU"), certified=certified
+    )
+    found = {entry.name: entry.lossless for entry in ablation.configurations}
+    assert found == {"ar": None, "linear": "equal", "tree": "equal"}
+    assert "The certificate was made on another device than ar" in ablation.notes[-1]
+    with pytest.raises(ResultError, match="made on 'Other CPU', but ar was measured on 'Test CPU'"):
+        synthetic.ablation(tmp_path, study, certified=certified)
 
 
 def test_one_device_is_not_said_of_each_row(tmp_path):

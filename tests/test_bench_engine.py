@@ -20,7 +20,7 @@ from dynatree.decode import Decoder, Stats
 from dynatree.errors import ConfigError
 from dynatree.pairs import load_models
 from dynatree.runtime import Runtime
-from dynatree.strategies import Autoregressive, Linear, Tree
+from dynatree.strategies import Auto, Autoregressive, Linear, Tree
 from dynatree.workloads import encode_prompts
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
@@ -212,6 +212,22 @@ def test_rounds_follow_from_the_seconds_that_they_record(run, monkeypatch, stati
         assert 0 < found["nodes_per_round"] <= 4
     assert record["setting"]["measure"]["max_new_tokens"] == 6
     assert record["provenance"]["versions"]["torch"] == torch.__version__
+
+
+def test_catching_up_after_rounds_without_a_draft_is_drafting(setting, monkeypatch):
+    auto = Auto(candidates=[Autoregressive(), Linear(num_draft_tokens=3)])
+    decoder = Decoder(setting.pair.target, setting.pair.draft, auto, 40)
+    decoder.prepare()
+    rules = itertools.cycle([0, 1])
+    monkeypatch.setattr(decoder._controller, "choose", rules.__next__)
+    keys = []
+    run = decoder.runtime.run
+    monkeypatch.setattr(
+        decoder.runtime, "run", lambda key, phase: keys.append(key[0]) or run(key, phase)
+    )
+    sample = rounds.observe(decoder, 20, setting.prompts[0])
+    assert "catch_up" in keys
+    assert sample.parts["draft_forwards"] > 0
 
 
 @pytest.mark.parametrize(

@@ -427,6 +427,35 @@ def test_a_generation_that_met_its_end_makes_a_valid_record(kind, strategy):
         assert record.tokens == 1 + sum(committed for _, committed in record.spans)
 
 
+@pytest.mark.parametrize("draft", ["equal", "noisy"])
+@pytest.mark.parametrize(
+    "strategy", [dynatree.Linear(num_draft_tokens=8), dynatree.Tree(depth=7, branch_factor=2)]
+)
+def test_what_cannot_be_committed_is_no_offer(strategy, draft):
+    """With static shapes the last trees are too deep; acceptance is that of exact shapes."""
+    models = models_of(CPU, "gpt_neox", draft)
+    decoders = [
+        dynatree.Decoder(*models, strategy, CONTEXT + 1, Runtime("eager", CPU, static=static))
+        for static in (False, True)
+    ]
+    for new in range(1, 30):
+        exact, static = (decoder.decode(prompt(17), new).stats.rounds for decoder in decoders)
+        offers = [[(entry.depth, entry.accepted) for entry in found] for found in (exact, static)]
+        assert offers[0] == offers[1]
+
+
+@pytest.mark.parametrize(("before", "after"), [(100, 400), (400, 100)])
+@pytest.mark.parametrize("mode", ["compiled", "cudagraph"])
+def test_only_graphs_hold_the_bytes_of_graphs(mode, before, after, monkeypatch):
+    """Whatever else the allocator gained or gave back meanwhile."""
+    runtime = Replayed() if mode == "cudagraph" else Runtime("compiled", CPU)
+    monkeypatch.setattr(runtime, "_reserved", iter([before, after]).__next__)
+    runtime.prepare({("phase",): lambda: None}, lambda: None)
+    held = max(0, after - before) if mode == "cudagraph" else 0
+    assert runtime.preparation.graph_bytes == held
+    assert runtime.preparation.graphs == (mode == "cudagraph")
+
+
 @pytest.mark.parametrize("kind", GRAPHS)
 def test_preparation_is_reported(kind):
     models = models_of(device_of(kind), "gpt_neox")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from micro_pair import micro  # noqa: F401 - a fixture
 
+import dynatree.measure
 from dynatree import Autoregressive, Linear, Tree
 from dynatree.accept import accept_greedy
 from dynatree.errors import DecodeError, LosslessError
@@ -45,6 +46,29 @@ def test_order_alternates_and_every_prompt_is_decoded_in_both_orders():
         assert sorted(firsts) == ["autoregressive", "strategy"]
     timed = [order[0] for run, _, order in entries if run == 0]
     assert timed[0] != timed[1]
+
+
+def test_the_comparison_is_no_part_of_the_peak_and_makes_no_logits_but_the_last(
+    spec, pair, monkeypatch
+):
+    events = []
+    peak = dynatree.measure.peak_memory_bytes
+    monkeypatch.setattr(
+        dynatree.measure, "peak_memory_bytes", lambda device: events.append("peak") or peak(device)
+    )
+    monkeypatch.setattr(
+        dynatree.measure, "compare", lambda *args: events.append("compare") or compare(*args)
+    )
+    measure(spec, pair)
+    assert events == ["peak", "compare", "compare", "compare"]
+    shapes = []
+    hook = pair.target.get_output_embeddings().register_forward_hook(
+        lambda module, inputs, output: shapes.append(output.shape[:-1])
+    )
+    found = compare(pair, 0, torch.arange(5), [7, 8, 9], [7, 8, 10])
+    hook.remove()
+    assert found.divergence.index == 2
+    assert shapes == [(1, 1)]
 
 
 def test_a_result_holds_every_fact(spec, pair):

@@ -80,11 +80,18 @@ def aggregate(
     certified: dict[str, Lossless] = {}
     if certificate:
         try:
-            certified = read_certified(config, list(results), *certificate, weights)
+            certified = read_certified(config, origins, *certificate, weights)
         except ResultError as error:
             if not mark_missing:
                 raise
             notes.append(f"Losslessness was not certified: {without_cure(error)}.")
+        else:
+            elsewhere = [name for name in origins if name not in certified]
+            if elsewhere:
+                notes.append(
+                    "The certificate was made on another device than "
+                    f"{', '.join(elsewhere)}, which it says nothing of."
+                )
     speedups = {name: prompt_speedups(result) for name, result in results.items()}
     used = dict.fromkeys(row for rows in config.tables.values() for row in rows)
     absent = _absent(config, used, reasons)

@@ -68,7 +68,7 @@ def generate(
     models = load_models(spec.pair, spec.models)
     ids = encode_prompts(spec, models)[0]
     length = len(ids) + tokens
-    decoder = Decoder(models.target, models.draft, spec.strategy, length, sampling=how)
+    decoder = Decoder(models.target, models.draft, spec.strategy, length, spec.models.runtime, how)
     stats, generated, shown = Stats(), [], ""
     console = Console(highlight=False, markup=False, soft_wrap=True)
     console.print(prompt, end="", style="bold")

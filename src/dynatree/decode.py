@@ -402,7 +402,6 @@ class Decoder:
                     learn = partial(self._teach, *verified, report)
                 chunk, ends = _until(stop, report.tokens[:remaining])
                 bound += len(report.tokens)
-                remaining = 0 if ends else remaining - len(chunk)
                 done = Round(
                     nodes,
                     depth,
@@ -410,7 +409,8 @@ class Decoder:
                     report.ngram_nodes,
                     report.ngram_accepted,
                 )
-                stats.rounds.append(done.cut(len(chunk)))
+                stats.rounds.append(done.within(remaining).cut(len(chunk)))
+                remaining = 0 if ends else remaining - len(chunk)
                 stats.target_forwards += 1
                 clock.mark("other")
                 if not grown:

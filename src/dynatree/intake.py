@@ -60,7 +60,7 @@ def read_runs(
         spec = config.spec(name)
         try:
             result = _current(path, spec, source_digest)
-            origins[name] = _origin(path, result)
+            origins[name] = _origin(path, result.provenance)
         except ResultError as error:
             if not mark_missing:
                 raise
@@ -89,10 +89,18 @@ def _current(path: Path, spec: RunSpec, source_digest: str) -> RunResult:
 
 
 def read_certified(
-    config: Config, names: Sequence[str], path: Path, source_digest: str, pair_digest: str
+    config: Config,
+    origins: Mapping[str, Origin],
+    path: Path,
+    source_digest: str,
+    pair_digest: str,
 ) -> dict[str, Lossless]:
-    """What a certificate of this study, code and weights found of the configurations `names`."""
+    """What a certificate of this study, code and weights found of the configurations in `origins`.
+
+    On another device other kernels run, in other shapes: it says nothing of a result from there.
+    """
     certificate = read_certificate(path)
+    names = list(origins)
     made = certificate.spec.only(names)
     _same_spec(path, made, config.certificate_spec(names))
     _same_code(path, certificate.source_digest, source_digest)
@@ -102,11 +110,18 @@ def read_certified(
             f"{certificate.pair_digest[:12]}) than the results ({pair_digest[:12]}); remove it and "
             f"run: snakemake {path}"
         )
+    device = _origin(path, certificate.provenance).device.name
+    elsewhere = [name for name, origin in origins.items() if origin.device.name != device]
+    if elsewhere and (config.devices.mixed == "refuse" or len(elsewhere) == len(origins)):
+        raise ResultError(
+            f"{path}: made on {device!r}, but {elsewhere[0]} was measured on "
+            f"{origins[elsewhere[0]].device.name!r}; remove it and run: snakemake {path}"
+        )
     certificate.require()
     return {
         check.name: check.verdict
         for check in certificate.configurations
-        if check.verdict != "failed"
+        if check.verdict != "failed" and check.name not in elsewhere
     }
 
 
@@ -128,9 +143,9 @@ def _same_code(path: Path, measured: str, current: str) -> None:
         )
 
 
-def _origin(path: Path, result: RunResult) -> Origin:
+def _origin(path: Path, provenance: Mapping[str, object]) -> Origin:
     try:
-        return Origin.model_validate(result.provenance)
+        return Origin.model_validate(provenance)
     except ValidationError as error:
         problem = first_problem(error, "provenance")
         raise ResultError(f"{path}: {problem}; remove it and run: snakemake {path}") from None

@@ -94,6 +94,8 @@ def measure(spec: RunSpec, pair: Pair, progress: Progress = lambda *_: None) -> 
             if method == "strategy":
                 tokens, seconds = tokens + len(generation.tokens), seconds + elapsed
             progress(done, planned, tokens / seconds if seconds else 0.0)
+    # Before outputs are compared, which may take a forward over a whole sequence.
+    peak = peak_memory_bytes(pair.target.device)
     compared = [
         compare(pair, index, prompts[index], both["autoregressive"], both["strategy"])
         for index, both in sorted(outputs.items())
@@ -119,7 +121,7 @@ def measure(spec: RunSpec, pair: Pair, progress: Progress = lambda *_: None) -> 
         records_digest=records_digest(records),
         outputs=compared,
         totals=totals([record for record in records if record.method == "strategy"]),
-        peak_memory_bytes=peak_memory_bytes(pair.target.device),
+        peak_memory_bytes=peak,
         provenance={"models": pair.facts, **provenance(pair.target.device, settings.seed)},
         started=span.started,
         finished=span.now,
@@ -151,7 +153,8 @@ def compare(
         position = first_difference(reference, tokens)
         before = torch.tensor(reference[:position], dtype=torch.long, device=prompt.device)
         with torch.inference_mode():
-            logits = pair.target(torch.cat((prompt, before))[None]).logits[0, -1].float()
+            text = torch.cat((prompt, before))[None]
+            logits = pair.target(text, logits_to_keep=1).logits[0, -1].float()
         top = logits.topk(2).values
         divergence = Divergence(index=position, gap=float(top[0] - top[1]))
     return Output(

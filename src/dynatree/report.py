@@ -18,7 +18,7 @@ class Round:
 
     Attributes:
         nodes: draft nodes verified.
-        depth: depth of the deepest.
+        depth: depth of the deepest that there was room to commit.
         accepted: draft tokens committed.
         ngram_nodes: nodes that an n-gram gave and the draft model did not.
         ngram_accepted: tokens committed of these; they are the last ones of `accepted`.
@@ -30,8 +30,14 @@ class Round:
     ngram_nodes: int = 0
     ngram_accepted: int = 0
 
+    def within(self, remaining: int) -> "Round":
+        """The round as one that had `remaining` tokens to commit at most: of these the last is the
+        bonus token, so what was drafted below the others was no offer. The nodes stay: they were
+        verified."""
+        return replace(self.cut(remaining - 1), depth=min(self.depth, remaining - 1))
+
     def cut(self, tokens: int) -> "Round":
-        """The round if no more than `tokens` of its tokens are wanted."""
+        """The round if no more than `tokens` of its accepted tokens are wanted."""
         surplus = self.accepted - tokens
         if surplus <= 0:
             return self

@@ -134,10 +134,14 @@ class Runtime:
                 self._graphs[key] = self._capture(phase, reset)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        seconds = time.perf_counter() - begin
+        if self.mode == "cudagraph":
+            # Nor are those that compiling and the runs before the captures left.
+            torch.cuda.empty_cache()
         self.preparation = Preparation(
-            seconds=time.perf_counter() - begin,
+            seconds=seconds,
             graphs=len(self._graphs),
-            graph_bytes=self._reserved() - before,
+            graph_bytes=max(0, self._reserved() - before) if self._graphs else 0,
         )
 
     def _capture(self, phase: Callable[[], None], reset: Callable[[], object]) -> Any:

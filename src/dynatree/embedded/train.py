@@ -272,7 +272,7 @@ def _fit(
 def _autocast(device: torch.device) -> AbstractContextManager[object]:
     """bfloat16 matrix products where the hardware has them; elsewhere they would be slower."""
     fast = (
-        torch.cuda.is_bf16_supported()
+        torch.cuda.is_bf16_supported(including_emulation=False)
         if device.type == "cuda"
         else torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
