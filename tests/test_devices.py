@@ -317,6 +317,54 @@ def test_a_gpu_that_does_not_tell_its_processes_is_said(nvml):
     ]
 
 
+def lost(monkeypatch, *indices):
+    """Breaks GPUs: NVML counts them and says no more of them."""
+    import pynvml
+
+    def handle(index):
+        if index in indices:
+            raise pynvml.NVMLError("GPU is lost")
+        return tuple(GPUS[index])
+
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", handle)
+
+
+@pytest.mark.parametrize("listed", [None, "0,1,2,3"])
+def test_a_broken_gpu_is_said_and_left_out(nvml, monkeypatch, listed):
+    lost(monkeypatch, 0)
+    if listed is not None:
+        monkeypatch.setenv(devices.VISIBLE, listed)
+    heard = []
+    with taken("cuda", 1, "mine", say=heard.append) as lease:
+        assert lease.gpu.key == os.environ[devices.VISIBLE] == UUIDS[1]
+    assert heard == [
+        "GPU 0: NVML cannot read it (GPU is lost); it is left out",
+        "mine: runs on GPU 1 (Pretended B)",
+    ]
+
+
+def test_gpus_after_a_broken_one_keep_their_indices(nvml, monkeypatch):
+    lost(monkeypatch, 1)
+    with taken("cuda:0", 1, "mine", say=print) as lease:
+        assert lease.gpu.key == UUIDS[0]
+    monkeypatch.setenv(devices.VISIBLE, "2")
+    with taken("cuda:0", 1, "mine", say=print) as lease:
+        assert lease.gpu.key == UUIDS[2]
+    monkeypatch.delenv(devices.VISIBLE)
+    for index in (1, 2):
+        with pytest.raises(DeviceError, match=rf"'cuda:{index}' .*number 1 .*cannot be read; set"):
+            taken(f"cuda:{index}", 1, "mine", say=print).__enter__()
+
+
+def test_where_all_gpus_are_broken_there_is_none(nvml, monkeypatch):
+    lost(monkeypatch, 0, 1, 2, 3)
+    monkeypatch.setattr(devices, "_torch_has_cuda", lambda: True)
+    with taken("auto", 1, "mine", say=print) as lease:
+        assert lease.gpu is None
+    with pytest.raises(DeviceError, match="'cuda' asked for, no GPU is found; use auto"):
+        taken("cuda", 1, "mine", say=print).__enter__()
+
+
 # Others, who take no locks.
 
 ME = f"process {os.getpid()} of {psutil.Process().username()} ("

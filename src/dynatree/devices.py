@@ -122,7 +122,7 @@ def taken(
             used by others and `busy` is `refuse`.
     """
     visible = [] if device == "cpu" else gpus(say)
-    if device == "auto" and not (visible and _torch_has_cuda()):
+    if device == "auto" and not (any(visible) and _torch_has_cuda()):
         device = "cpu"
     candidates = cores() if device == "cpu" else _wanted(device, visible)
     count = min(max(1, threads), len(candidates)) if device == "cpu" else 1
@@ -140,7 +140,7 @@ def taken(
             # By UUID, which means the same in whatever order CUDA counts. What stands before a
             # device that is asked for by its index stays, so that the index stays as well.
             before = visible[: visible.index(unit)] if device.startswith("cuda:") else []
-            os.environ[VISIBLE] = ",".join(entry.key for entry in (*before, unit))
+            os.environ[VISIBLE] = ",".join(entry.key for entry in (*before, unit) if entry)
             lease = Lease(unit.name, unit, strangers, busy)
         others = f", shared with {', '.join(strangers.values())}" if strangers else ""
         say(f"{what}: runs on {lease.name}{others}")
@@ -163,29 +163,35 @@ def cores() -> list[Unit]:
     return [Unit(f"{CORE}{core}", f"core {core}") for core in allowed]
 
 
-def gpus(say: Callable[[str], None]) -> list[Unit]:
+def gpus(say: Callable[[str], None]) -> list[Unit | None]:
     """The GPUs that `CUDA_VISIBLE_DEVICES` lets this process use, in its order.
 
     Entries are indices in the order of `nvidia-smi`, UUIDs or their beginnings. As for CUDA, the
-    first that names no GPU ends the list.
+    first that names no GPU ends the list. None stands for a GPU that is broken, so that those after
+    it keep their indices.
 
     Args:
-        say: told if NVML cannot be read although there are GPUs.
+        say: told if NVML cannot be read although there are GPUs, or one of them cannot.
     """
     driver = nvml()
+    found: list[Unit | None] = []
     if isinstance(driver, str):
-        found = _gpus_of_proc()
+        found += _gpus_of_proc()
         if found:
             say(
                 f"NVML cannot be read ({driver}): whether somebody else uses a GPU is not known; "
                 "install dynatree[gpu]"
             )
     else:
-        found = []
         for index in range(driver.nvmlDeviceGetCount()):
-            handle = driver.nvmlDeviceGetHandleByIndex(index)
-            name = f"GPU {index} ({driver.nvmlDeviceGetName(handle)})"
-            found.append(Unit(driver.nvmlDeviceGetUUID(handle), name))
+            try:
+                handle = driver.nvmlDeviceGetHandleByIndex(index)
+                name = f"GPU {index} ({driver.nvmlDeviceGetName(handle)})"
+                found.append(Unit(driver.nvmlDeviceGetUUID(handle), name))
+            except driver.NVMLError as error:
+                say(f"GPU {index}: NVML cannot read it ({error}); it is left out")
+                found.append(None)
+                continue
             try:
                 driver.nvmlDeviceGetComputeRunningProcesses(handle)
             except driver.NVMLError as error:
@@ -193,15 +199,15 @@ def gpus(say: Callable[[str], None]) -> list[Unit]:
     listed = os.environ.get(VISIBLE)
     if listed is None:
         return found
-    visible: list[Unit] = []
+    visible: list[Unit | None] = []
     for entry in map(str.strip, listed.split(",")):
         if entry.startswith("MIG-") and found:
             # A part of a GPU is no entry of the driver's list.
-            unit = Unit(entry, f"GPU part {entry}")
+            unit: Unit | None = Unit(entry, f"GPU part {entry}")
         elif entry.isdecimal() and int(entry) < len(found):
             unit = found[int(entry)]
         else:
-            matching = [gpu for gpu in found if entry and gpu.key.startswith(entry)]
+            matching = [gpu for gpu in found if gpu and entry and gpu.key.startswith(entry)]
             if len(matching) != 1:
                 break
             (unit,) = matching
@@ -210,24 +216,35 @@ def gpus(say: Callable[[str], None]) -> list[Unit]:
     return visible
 
 
-def _wanted(device: str, visible: Sequence[Unit]) -> Sequence[Unit]:
-    listed = os.environ.get(VISIBLE)
-    limited = "" if listed is None else f" with {VISIBLE}={listed!r}"
-    if not visible:
-        driver = nvml()
-        hint = f" (NVML: {driver})" if isinstance(driver, str) else ""
+def _wanted(device: str, visible: Sequence[Unit | None]) -> Sequence[Unit]:
+    intact = [unit for unit in visible if unit is not None]
+    if not intact:
         raise DeviceError(
-            f"device: {device!r} asked for, no GPU is found{limited}{hint}; use auto or cpu"
+            f"device: {device!r} asked for, no GPU is found{_limits()}; use auto or cpu"
         )
     _, _, index = device.partition(":")
     if not index:
-        return visible
+        return intact
     if int(index) >= len(visible):
         raise DeviceError(
-            f"device: {device!r} asked for, {len(visible)} found{limited}; use a smaller index, "
+            f"device: {device!r} asked for, {len(visible)} found{_limits()}; use a smaller index, "
             "cuda or auto"
         )
-    return [visible[int(index)]]
+    counted = visible[: int(index) + 1]
+    if None in counted:
+        # CUDA may count without it, and nothing can stand in its place.
+        raise DeviceError(
+            f"device: {device!r} asked for, number {counted.index(None)} of the GPUs cannot be "
+            f"read{_limits()}; set {VISIBLE} to the index of an intact one, and device: cuda"
+        )
+    return [intact[int(index)]]
+
+
+def _limits() -> str:
+    """What keeps GPUs from being found, as a part of a message."""
+    listed, driver = os.environ.get(VISIBLE), nvml()
+    limited = "" if listed is None else f" with {VISIBLE}={listed!r}"
+    return limited + (f" (NVML: {driver})" if isinstance(driver, str) else "")
 
 
 def _waited_for(
