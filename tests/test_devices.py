@@ -56,9 +56,9 @@ def start():
     """Starts jobs, and ends them with the test."""
     jobs = []
 
-    def started(device="cuda", what="a job", busy="wait", threads=1):
+    def started(device="cuda", what="a job", busy="wait", threads=1, code=JOB):
         job = subprocess.Popen(
-            [sys.executable, "-c", JOB, device, str(threads), what, busy],
+            [sys.executable, "-c", code, device, str(threads), what, busy],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -225,6 +225,48 @@ def test_a_folder_that_cannot_be_used_is_named_with_the_cure(nvml, tmp_path, mon
     monkeypatch.setenv(devices.FOLDER, str(tmp_path / "file"))
     with pytest.raises(DeviceError, match=rf"{tmp_path}/file: .*set DYNATREE_LOCKS to a folder"):
         taken("cuda", 1, "mine").__enter__()
+
+
+ENDING = f"""{JOB}
+print("released", flush=True)
+import time
+time.sleep(100)
+"""
+"""Lives on without its lock, as a process does whose CUDA context is torn down."""
+
+
+@pytest.mark.parametrize("busy", ["wait", "refuse", "flag"])
+def test_a_job_that_is_ending_is_waited_for_and_no_stranger(nvml, start, busy):
+    first = start(what="first", code=ENDING)
+    assert got(first) == UUIDS[0]
+    nvml(gpus=GPUS[:1], processes={UUIDS[0]: [first.pid]})
+    first.stdin.close()
+    assert said(first) == "released"
+    heard = []
+
+    def hear(text):
+        heard.append(text)
+        first.kill()
+        first.wait()
+        nvml(gpus=GPUS[:1])
+
+    with taken("cuda", 1, "second", busy, say=hear) as lease:
+        assert lease.shared_with() == []
+    held = f"GPU 0 (Pretended A) is held by process {first.pid} (first), which is ending"
+    assert heard == [f"second: waits, {held}", "second: runs on GPU 0 (Pretended A)"]
+
+
+def test_a_process_that_was_given_the_id_of_a_former_job_is_a_stranger(nvml, start, tmp_path):
+    nvml(gpus=GPUS[:1])
+    other = start(code=ENDING)
+    assert got(other) == UUIDS[0]
+    other.stdin.close()
+    assert said(other) == "released"
+    # As if it were written before that process began.
+    os.utime(tmp_path / "locks" / f"{UUIDS[0]}.json", (0, 0))
+    nvml(gpus=GPUS[:1], processes={UUIDS[0]: [other.pid]})
+    with pytest.raises(DeviceError, match=f"is used by process {other.pid} "):
+        taken("cuda", 1, "mine", "refuse", print).__enter__()
 
 
 # Which GPUs there are.

@@ -299,6 +299,11 @@ def _free(
             obstacles.append((f"{called} is held by {_holder(folder, unit)}", True))
             continue
         strangers = _processes(unit)
+        if strangers and _ending(folder, unit) in strangers:
+            lock.release()
+            held_by = _holder(folder, unit)
+            obstacles.append((f"{unit.name} is held by {held_by}, which is ending", True))
+            continue
         (used if strangers else free)[unit] = lock
         if strangers:
             obstacles.append((f"{unit.name} is used by {', '.join(strangers.values())}", False))
@@ -324,6 +329,18 @@ def _holder(folder: Path, unit: Unit) -> str:
         return f"process {note['pid']} ({note['what']})"
     except (OSError, ValueError, KeyError):
         return "another process"
+
+
+def _ending(folder: Path, unit: Unit) -> int | None:
+    """The process that had a GPU last, if it lives: it uses the GPU for longer than its lock."""
+    note = folder / f"{unit.key}.json"
+    try:
+        pid = json.loads(note.read_text(encoding="utf-8"))["pid"]
+        # Not another process that was given its id since.
+        same = psutil.Process(pid).create_time() <= note.stat().st_mtime
+    except (OSError, ValueError, KeyError, psutil.Error):
+        return None
+    return pid if same and pid != os.getpid() else None
 
 
 @contextmanager
