@@ -9,9 +9,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from dynatree import devices
 from dynatree.devices import DeviceError, Unit, cores, flagged, gpus, taken
+from dynatree.jobs import running
 
 FAKES = Path(__file__).parent / "fakes"
 GPUS = [[f"GPU-{letter * 4}", f"Pretended {letter.upper()}"] for letter in "abcd"]
@@ -322,6 +324,52 @@ def test_auto_takes_a_gpu_if_torch_can_use_one(nvml, monkeypatch, cuda, name):
     monkeypatch.setattr(devices, "_torch_has_cuda", lambda: cuda)
     with taken("auto", 1, "mine", say=print) as lease:
         assert name in lease.name
+
+
+@pytest.fixture
+def sees(monkeypatch):
+    """Sets whether torch finds a GPU."""
+    return lambda found: monkeypatch.setattr(torch.cuda, "is_available", lambda: found)
+
+
+def test_a_gpu_that_only_torch_finds_is_not_used_without_a_lock(nvml, sees, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    monkeypatch.setattr(devices, "PROC", tmp_path / "none")
+    sees(True)
+    with pytest.raises(DeviceError) as error:
+        running("auto", None, "mine").__enter__()
+    assert "the driver lists none (NVML: pynvml is not installed)" in str(error.value)
+    assert "pip install 'dynatree[gpu]'), or set device: cpu" in str(error.value)
+    with running("cpu", None, "mine") as lease:
+        assert lease.gpu is None
+    sees(False)
+    with running("auto", None, "mine") as lease:
+        assert lease.gpu is None
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda", "cuda:0"])
+def test_a_gpu_that_torch_cannot_use_is_no_reason_for_cores_without_a_lock(
+    nvml, sees, monkeypatch, device
+):
+    monkeypatch.setattr(devices, "_torch_has_cuda", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    sees(False)
+    with pytest.raises(
+        DeviceError,
+        match=rf"'{device}' asked for, GPU 0 \(Pretended A\) is there and torch, built for CUDA "
+        "13.0, cannot use it; .*too old.* or set device: cpu",
+    ):
+        running(device, None, "mine").__enter__()
+    sees(True)
+    with running(device, None, "mine") as lease:
+        assert lease.gpu.key == UUIDS[0]
+
+
+def test_a_torch_for_cpus_goes_on_beside_a_gpu(nvml, sees, monkeypatch):
+    monkeypatch.setattr(devices, "_torch_has_cuda", lambda: False)
+    sees(False)
+    with running("auto", None, "mine") as lease:
+        assert lease.gpu is None
 
 
 def test_without_nvml_the_driver_lists_the_gpus_and_that_is_said(nvml, tmp_path, monkeypatch):

@@ -46,7 +46,9 @@ POLL: Final = 0.5
 
 
 class DeviceError(DynaTreeError):
-    """There is no GPU to take, somebody else uses it, or its memory is too small."""
+    """There is no GPU to take, torch and the driver disagree about it, somebody else uses it, or
+    its memory is too small.
+    """
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,33 @@ def taken(
         others = f", shared with {', '.join(strangers.values())}" if strangers else ""
         say(f"{what}: runs on {lease.name}{others}")
         yield lease
+
+
+def require_agreement(device: str, lease: Lease) -> None:
+    """torch must see a GPU exactly where one was taken: a job runs on what torch sees.
+
+    Args:
+        device: what the lease was asked for.
+
+    Raises:
+        DeviceError: the job would run on a GPU, or on cores, that it has no lock on.
+    """
+    import torch
+
+    if device == "cpu" or torch.cuda.is_available() == (lease.gpu is not None):
+        return
+    if lease.gpu is None:
+        raise DeviceError(
+            f"device: {device!r} asked for, torch finds a GPU and the driver lists none"
+            f"{_limits()}, so it cannot be locked; install nvidia-ml-py (pip install "
+            "'dynatree[gpu]'), or set device: cpu"
+        )
+    built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs only"
+    raise DeviceError(
+        f"device: {device!r} asked for, {lease.gpu.name} is there and torch, built for {built}, "
+        "cannot use it; see `dynatree doctor` (is the driver too old, or torch a build for CPUs?), "
+        "or set device: cpu"
+    )
 
 
 def flagged(provenance: Mapping[str, Any], others: Sequence[str]) -> dict[str, Any]:

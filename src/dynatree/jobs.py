@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import get_args
 
-from dynatree.devices import Busy, Lease, cores, taken
+from dynatree.devices import Busy, Lease, cores, require_agreement, taken
 from dynatree.progress import without_bars
 
 
@@ -30,11 +30,12 @@ def running(device: str, threads: int | None, what: str, busy: Busy = "wait") ->
         device, what, busy: see `taken`.
 
     Raises:
-        DeviceError: see `taken`.
+        DeviceError: see `taken` and `require_agreement`.
     """
     with taken(device, threads or len(cores()), what, busy) as lease:
         import torch
 
+        require_agreement(device, lease)
         if threads is not None:
             torch.set_num_threads(threads)
         without_bars()
