@@ -81,6 +81,9 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(models, memory):
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore"),
         MemoryError("no room"),
+        torch.AcceleratorError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
     ],
 )
@@ -95,12 +98,13 @@ def test_running_out_later_says_need_and_free_memory(models, memory, raised):
     assert str(error.value).endswith(f"({str(raised).splitlines()[0]})")
 
 
-def test_other_errors_stay_what_they_are(models, memory):
+@pytest.mark.parametrize("text", ["a bug", "CUDA error: an illegal memory access was encountered"])
+def test_other_errors_stay_what_they_are(models, memory, text):
     with (
-        pytest.raises(RuntimeError, match=r"^a bug$"),
+        pytest.raises(RuntimeError, match=rf"^{text}$"),
         fitting("measure tree", "micro", models, BOTH, 24),
     ):
-        raise RuntimeError("a bug")
+        raise RuntimeError(text)
 
 
 def test_a_model_that_cannot_be_read_is_left_to_the_loader(models, memory, tmp_path):

@@ -8,7 +8,7 @@ and one that fits may still run out: it then says the same two numbers.
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import psutil
 import torch
@@ -18,6 +18,9 @@ from dynatree.devices import DeviceError
 from dynatree.pairs import resolve_device, sources
 from dynatree.specs import Models, ModelSource
 from dynatree.strategies import StrategyBase
+
+EXHAUSTED: Final = ("out of memory", "can't allocate memory", "_STATUS_ALLOC_FAILED")
+"""What errors without a class of their own say of memory: of CUDA, its libraries, Triton, a CPU."""
 
 
 @dataclass(frozen=True)
@@ -74,10 +77,11 @@ def fitting(
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether `error` says that memory ran out; on a CPU torch has no class of its own for it."""
-    return isinstance(
-        error, torch.OutOfMemoryError | MemoryError
-    ) or "can't allocate memory" in str(error)
+    """Whether `error` says that memory ran out: by its class, or else in words."""
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        words in text for words in EXHAUSTED
+    )
 
 
 def needed(pair: str, models: Models, decoders: Iterable[StrategyBase], length: int) -> Need | None:
