@@ -1,6 +1,8 @@
 """Paired measurement: alternation, honest counts, and the losslessness check of every job."""
 
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from dynatree.accept import accept_greedy
 from dynatree.errors import DecodeError, LosslessError
 from dynatree.measure import compare, measure, schedule
 from dynatree.pairs import load_models
+from dynatree.provenance import device_facts
 from dynatree.specs import RunSpec
 
 
@@ -90,6 +93,37 @@ def test_a_result_holds_every_fact(spec, pair):
     assert facts["models"]["draft"]["identity"] in result.pair_digest
     assert result.peak_memory_bytes > 1e6
     assert result.started < result.finished
+
+
+def test_what_nvml_does_not_know_hides_no_other_fact(monkeypatch):
+    def no(*_):
+        raise RuntimeError("Not Supported")
+
+    known = {
+        "nvmlInit": None,
+        "nvmlSystemGetDriverVersion": "550.54",
+        "nvmlDeviceGetHandleByUUID": 0,
+        "nvmlDeviceGetClockInfo": 1980,
+        "nvmlDeviceGetTemperature": 41,
+    }
+    constants = dict.fromkeys(("NVML_CLOCK_SM", "NVML_CLOCK_MEM", "NVML_TEMPERATURE_GPU"), 0)
+    answers = {name: lambda *_, value=value: value for name, value in known.items()}
+    driver = SimpleNamespace(**constants, **answers, nvmlDeviceGetPowerUsage=no)
+    monkeypatch.setitem(sys.modules, "pynvml", driver)
+    gpu = SimpleNamespace(name="G", total_memory=1, uuid="aaaa")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    monkeypatch.setattr("dynatree.provenance.gpu.kernels", lambda _: None)
+    facts = device_facts(torch.device("cuda"))
+    assert (facts["driver"], facts["uuid"], facts["clock_mhz"]) == ("550.54", "aaaa", 1980)
+    assert facts["temperature_c"] == 41
+    assert "power_w" not in facts
+    assert facts["nvml"] == "not readable: power_w (Not Supported)"
+    driver.nvmlDeviceGetHandleByUUID = no
+    facts = device_facts(torch.device("cuda"))
+    assert (facts["driver"], facts["uuid"]) == ("550.54", "aaaa")
+    assert "clock_mhz (Not Supported), memory_clock_mhz (Not Supported)" in facts["nvml"]
+    driver.nvmlInit = no
+    assert device_facts(torch.device("cuda"))["nvml"] == "not readable: Not Supported"
 
 
 def test_generated_and_not_requested_tokens_are_counted(spec, pair):

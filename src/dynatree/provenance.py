@@ -3,6 +3,7 @@
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -100,20 +101,37 @@ def _cpu_name() -> str:
 
 
 def _nvml_facts(device: torch.device) -> dict[str, Any]:
-    """Driver, clocks, power and temperature where NVML is installed and answers."""
+    """Driver, clocks, power and temperature where NVML is installed and answers; under `nvml`, what
+    it said instead.
+    """
     try:
         import pynvml
 
         pynvml.nvmlInit()
-        uuid = str(torch.cuda.get_device_properties(device).uuid)
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
-        return {
-            "driver": pynvml.nvmlSystemGetDriverVersion(),
-            "uuid": uuid,
-            "clock_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
-            "memory_clock_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM),
-            "power_w": pynvml.nvmlDeviceGetPowerUsage(handle) / 1000,
-            "temperature_c": pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU),
-        }
     except Exception as error:  # NVML is optional, and its absence is itself a fact
         return {"nvml": f"not readable: {error}"}
+
+    def uuid() -> str:
+        return str(torch.cuda.get_device_properties(device).uuid)
+
+    def handle() -> Any:
+        return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid()}")
+
+    asked: dict[str, Callable[[], Any]] = {
+        "driver": pynvml.nvmlSystemGetDriverVersion,
+        "uuid": uuid,
+        "clock_mhz": lambda: pynvml.nvmlDeviceGetClockInfo(handle(), pynvml.NVML_CLOCK_SM),
+        "memory_clock_mhz": lambda: pynvml.nvmlDeviceGetClockInfo(handle(), pynvml.NVML_CLOCK_MEM),
+        "power_w": lambda: pynvml.nvmlDeviceGetPowerUsage(handle()) / 1000,
+        "temperature_c": lambda: pynvml.nvmlDeviceGetTemperature(
+            handle(), pynvml.NVML_TEMPERATURE_GPU
+        ),
+    }
+    facts: dict[str, Any] = {}
+    unread = []
+    for name, ask in asked.items():
+        try:
+            facts[name] = ask()
+        except Exception as error:  # a part of a GPU, or a virtual one, has not all of them
+            unread.append(f"{name} ({error})")
+    return facts | ({"nvml": f"not readable: {', '.join(unread)}"} if unread else {})
