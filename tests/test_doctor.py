@@ -6,6 +6,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from packaging.requirements import Requirement
 
@@ -79,6 +80,25 @@ CUDA = {
         "error",
         "without code for B200",
     ),
+    "index too large": (
+        {"build": "12.8", "usable": True, **DRIVER},
+        "cuda:1",
+        "error",
+        "asks for device: cuda:1, and torch finds 1 (H100), counted from 0",
+    ),
+    "last index": ({"build": "12.8", "usable": True, **DRIVER}, "cuda:0", None, ""),
+    "found and not to be used": (
+        {"build": "12.8", "trouble": "CUDA error: busy", **DRIVER},
+        "auto",
+        "error",
+        "torch finds a GPU and cannot use it: CUDA error: busy",
+    ),
+    "found, not to be used and not asked for": (
+        {"build": "12.8", "trouble": "CUDA error: busy", **DRIVER},
+        "cpu",
+        "warning",
+        "CUDA error: busy",
+    ),
 }
 
 
@@ -116,6 +136,9 @@ def test_other_users_of_a_gpu_are_named():
     ]
     assert said(doctor.check_users(Gpus(usable=True)))[0][0] == "remark"
     assert said(doctor.check_users(Gpus())) == []
+    assert said(doctor.check_users(Gpus(nvml=True, unread=("GPU 1 (GPU is lost)",)))) == [
+        ("warning", "NVML cannot tell who uses GPU 1 (GPU is lost)")
+    ]
 
 
 class FakeNvml:
@@ -146,6 +169,29 @@ def test_the_driver_is_asked_for_its_facts(monkeypatch):
     assert (gpus.driver, gpus.driver_cuda, gpus.names) == ("550.54", "12.4", ("NVIDIA H100",))
     # Not this process; the other one does not exist any more.
     assert [(user.pid, user.name) for user in gpus.users] == [(2**22 + 1, "not visible from here")]
+
+
+def test_a_gpu_that_refuses_hides_no_other(monkeypatch):
+    driver = FakeNvml()
+
+    def handle(index):
+        if index == 0:
+            raise FakeNvml.NVMLError("GPU is lost")
+        return index
+
+    def processes(index):
+        if index == 1:
+            raise FakeNvml.NVMLError("Not Supported")
+        return [SimpleNamespace(pid=2**22 + 1, usedGpuMemory=None)]
+
+    driver.nvmlDeviceGetCount = lambda: 3
+    driver.nvmlDeviceGetHandleByIndex = handle
+    driver.nvmlDeviceGetComputeRunningProcesses = processes
+    monkeypatch.setitem(sys.modules, "pynvml", driver)
+    gpus = Gpus(**doctor._nvml())
+    assert (gpus.nvml, gpus.driver, len(gpus.names)) == (True, "550.54", 2)
+    assert gpus.unread == ("GPU 0 (GPU is lost)", "GPU 1 (Not Supported)")
+    assert [user.gpu for user in gpus.users] == [2]
 
 
 def test_a_driver_that_does_not_answer_is_no_crash(monkeypatch, tmp_path):
@@ -325,6 +371,20 @@ def test_a_torch_that_cannot_be_imported_is_reported(monkeypatch, tmp_path):
     assert any("libcudart.so.13" in what for what in errors)
     assert any("config.yaml: no such file" in what for what in errors)
     assert not report.healthy
+
+
+def test_a_gpu_that_cannot_be_opened_is_no_broken_installation(monkeypatch, tmp_path):
+    def busy(_):
+        raise torch.AcceleratorError("CUDA error: CUDA-capable device(s) is/are busy\nMore")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", busy)
+    monkeypatch.setattr(doctor, "reach", lambda hub: None)
+    machine = doctor.examine(tmp_path)
+    assert machine.torch_error is None
+    assert machine.gpus.trouble == "CUDA error: CUDA-capable device(s) is/are busy"
+    assert not machine.gpus.usable
+    assert machine.origin["machine"]["processor"]
 
 
 def test_this_machine_is_described(monkeypatch, tmp_path):

@@ -83,6 +83,8 @@ class Gpus(Fact):
         names: of the GPUs.
         unsupported: GPUs that the build has no code for.
         users: other processes on the GPUs.
+        unread: GPUs that NVML cannot read, or not the users of, and what it said.
+        trouble: what CUDA said when torch, which finds a GPU, used it.
     """
 
     build: str | None = None
@@ -93,6 +95,8 @@ class Gpus(Fact):
     names: tuple[str, ...] = ()
     unsupported: tuple[str, ...] = ()
     users: tuple[GpuUser, ...] = ()
+    unread: tuple[str, ...] = ()
+    trouble: str | None = None
 
 
 class Machine(Fact):
@@ -251,17 +255,24 @@ def _with_torch() -> tuple[dict[str, Any], Gpus]:
     from dynatree.provenance import provenance
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    origin = provenance(device, seed=0)
     facts = _nvml()
-    if device.type == "cuda":
-        built = torch.cuda.get_arch_list()
-        indices = range(torch.cuda.device_count())
-        facts["names"] = [torch.cuda.get_device_name(index) for index in indices]
-        facts["unsupported"] = [
-            facts["names"][index]
-            for index in indices
-            if not runs_on(torch.cuda.get_device_capability(index), built)
-        ]
+    try:
+        origin = provenance(device, seed=0)
+        if device.type == "cuda":
+            built = torch.cuda.get_arch_list()
+            indices = range(torch.cuda.device_count())
+            names = [torch.cuda.get_device_name(index) for index in indices]
+            facts["names"] = names
+            facts["unsupported"] = [
+                names[index]
+                for index in indices
+                if not runs_on(torch.cuda.get_device_capability(index), built)
+            ]
+    except RuntimeError as error:
+        # A GPU that is found may still not be opened.
+        device = torch.device("cpu")
+        origin = provenance(device, seed=0)
+        facts["trouble"] = str(error).strip().partition("\n")[0]
     gpus = Gpus(build=torch.version.cuda, usable=device.type == "cuda", **facts)
     return {key: origin[key] for key in ("device", "machine", "git")}, gpus
 
@@ -293,24 +304,34 @@ def _nvml() -> dict[str, Any]:
         return {"driver": found[1] if found else "of unknown version"}
     try:
         newest = pynvml.nvmlSystemGetCudaDriverVersion()
-        handles = [
-            pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())
-        ]
-        return {
+        facts: dict[str, Any] = {
             "nvml": True,
             "driver": pynvml.nvmlSystemGetDriverVersion(),
             "driver_cuda": f"{newest // 1000}.{newest % 1000 // 10}",
-            "names": [pynvml.nvmlDeviceGetName(handle) for handle in handles],
-            "users": [
-                GpuUser(gpu=index, pid=entry.pid, name=_name(entry.pid), memory_bytes=memory)
-                for index, handle in enumerate(handles)
-                for entry in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
-                for memory in [entry.usedGpuMemory]
-                if entry.pid != os.getpid()
-            ],
+            "names": [],
+            "users": [],
+            "unread": [],
         }
+        count = pynvml.nvmlDeviceGetCount()
     except pynvml.NVMLError as error:
         return {"driver": f"does not answer: {error}"}
+    for index in range(count):
+        try:
+            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+            facts["names"].append(pynvml.nvmlDeviceGetName(handle))
+            facts["users"] += [
+                GpuUser(
+                    gpu=index,
+                    pid=entry.pid,
+                    name=_name(entry.pid),
+                    memory_bytes=entry.usedGpuMemory,
+                )
+                for entry in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+                if entry.pid != os.getpid()
+            ]
+        except pynvml.NVMLError as error:
+            facts["unread"].append(f"GPU {index} ({error})")
+    return facts
 
 
 def _name(pid: int) -> str:
@@ -360,7 +381,24 @@ def check_cuda(gpus: Gpus, wanted: str) -> Iterator[Finding]:
             f"{', '.join(gpus.unsupported)}",
             fix="install a newer torch, or set device: cpu for the pair",
         )
+    if gpus.trouble is not None:
+        yield Finding(
+            level="error" if asked or wanted == "auto" else "warning",
+            what=f"torch finds a GPU and cannot use it: {gpus.trouble}",
+            fix="see with nvidia-smi whether it is in order and free (compute mode, processes), or "
+            "set device: cpu for the pair",
+        )
+        return
     if gpus.usable:
+        index = wanted.partition(":")[2]
+        if index and int(index) >= len(gpus.names):
+            yield Finding(
+                level="error",
+                what=f"the pair asks for device: {wanted}, and torch finds {len(gpus.names)} "
+                f"({', '.join(gpus.names)}), counted from 0",
+                fix="set a smaller index, cuda or auto for the pair, or look at "
+                "CUDA_VISIBLE_DEVICES",
+            )
         return
     if gpus.build is None and gpus.driver is not None:
         yield Finding(
@@ -400,6 +438,13 @@ def check_users(gpus: Gpus) -> Iterator[Finding]:
             level="warning",
             what=f"GPU {user.gpu} is in use by process {user.pid} ({user.name}){held}",
             fix="wait for it, or choose another GPU with CUDA_VISIBLE_DEVICES",
+        )
+    for gpu in gpus.unread:
+        yield Finding(
+            level="warning",
+            what=f"NVML cannot tell who uses {gpu}",
+            fix="see with nvidia-smi whether it is in order; one that is lost needs a reset, one "
+            "that is virtual or in parts does not tell",
         )
     if gpus.usable and not gpus.nvml:
         yield Finding(
