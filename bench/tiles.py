@@ -27,7 +27,7 @@ from roofline import CONTEXT, RUNS, repeated
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dynatree import gpu
+from dynatree import fused, gpu
 from dynatree.errors import ConfigError, reporting
 from dynatree.runner import ModelRunner
 from dynatree.runtime import Runtime
@@ -147,7 +147,7 @@ def measure(
     """Times the choices of the given constants; returns what goes into the record.
 
     Raises:
-        ConfigError: the kernels do not serve the device.
+        ConfigError: the kernels do not serve the device, or not the models on it.
     """
     if gpu.kernels(setting.device) is None:
         raise ConfigError(
@@ -155,11 +155,23 @@ def measure(
             f"{setting.device}; there is nothing to choose elsewhere"
         )
     spec, pair = setting.spec, setting.pair
+    models = {"target": pair.target, "draft": pair.draft}
+    for role, model in models.items():
+        if not fused.serves(model):
+            raise ConfigError(
+                f"--pair: the kernels do not serve the {role} (a {type(model).__name__} in "
+                f"{model.dtype}); see dynatree.fused.serves"
+            )
+    if spec.models.runtime not in ("auto", "cudagraph"):
+        raise ConfigError(
+            f"--runtime: only in CUDA graphs are the models' forwards kernels, got "
+            f"{spec.models.runtime!r}; leave it out"
+        )
     generator = torch.Generator().manual_seed(spec.measure.seed)
     vocabulary = pair.target.config.get_text_config().vocab_size
     prompt = torch.randint(vocabulary, (context,), generator=generator).to(setting.device)
     found: dict[str, Any] = {}
-    for role, model in (("target", pair.target), ("draft", pair.draft)):
+    for role, model in models.items():
         for count in rows:
             mine = [
                 choice

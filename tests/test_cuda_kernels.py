@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -479,6 +480,40 @@ def test_tiles_are_chosen_on_a_gpu(micro, tmp_path, monkeypatch, capsys):  # noq
     assert "need an NVIDIA GPU of compute capability 8.0 or later, got cpu" in (
         capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--runtime", "compiled"], "--runtime: only in CUDA graphs .* got 'compiled'"),
+        ([], "--pair: the kernels do not serve the target \\(a LlamaForCausalLM"),
+    ],
+)
+def test_tiles_of_what_the_kernels_do_not_serve_are_refused(
+    kernels,
+    micro,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+    capsys,
+    options,
+    message,
+):
+    config = study(micro, ["The with statement"], {"dynatree": {"strategy": "tree"}})
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["bench/tiles.py", "--rows", "1", *options])
+    if not options:
+        found = tiles.load
+
+        def load(*arguments):
+            setting = found(*arguments)
+            llama = target_of("llama").to(DEVICE)
+            return replace(setting, pair=replace(setting.pair, target=llama))
+
+        monkeypatch.setattr(tiles, "load", load)
+    with pytest.raises(SystemExit):
+        tiles.reporting(tiles.main)
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_every_constant_that_tiles_replaces_is_there(kernels):

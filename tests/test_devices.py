@@ -338,13 +338,19 @@ def test_a_gpu_that_only_torch_finds_is_not_used_without_a_lock(nvml, sees, tmp_
     sees(True)
     with pytest.raises(DeviceError) as error:
         running("auto", None, "mine").__enter__()
-    assert "the driver lists none (NVML: pynvml is not installed)" in str(error.value)
-    assert "pip install 'dynatree[gpu]'), or set device: cpu" in str(error.value)
+    assert "no NVIDIA driver lists one (NVML: pynvml is not installed)" in str(error.value)
+    cure = "install nvidia-ml-py (pip install 'dynatree[gpu]'), or set device: cpu"
+    assert cure in str(error.value)
     with running("cpu", None, "mine") as lease:
         assert lease.gpu is None
     sees(False)
     with running("auto", None, "mine") as lease:
         assert lease.gpu is None
+    # One of AMD's is listed by no NVIDIA driver, whatever is installed.
+    monkeypatch.setattr("torch.version.hip", "6.2")
+    sees(True)
+    with pytest.raises(DeviceError, match=r"cannot be locked; set device: cpu$"):
+        running("auto", None, "mine").__enter__()
 
 
 @pytest.mark.parametrize("device", ["auto", "cuda", "cuda:0"])

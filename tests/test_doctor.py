@@ -54,15 +54,40 @@ def test_the_installed_package_names_torch_and_transformers_and_no_extra():
     assert not names & {"pytest", "nvidia-ml-py"}
 
 
-DRIVER = {"driver": "535.1", "driver_cuda": "12.2", "nvml": True, "names": ("H100",)}
+DRIVER = {
+    "driver": "535.1",
+    "driver_cuda": "12.2",
+    "nvml": True,
+    "lockable": 1,
+    "names": ("H100",),
+}
 CUDA = {
     "cpu everywhere": ({}, "auto", None, ""),
     "gpu in order": ({"build": "12.8", "usable": True, **DRIVER}, "cuda", None, ""),
     "driver too old": (
         {"build": "13.0", **DRIVER},
         "auto",
-        "warning",
+        "error",
         "built for CUDA 13.0 and cannot use the driver 535.1, which runs CUDA up to 12.2",
+    ),
+    "driver too old and no GPU to take": (
+        {"build": "13.0", **DRIVER, "lockable": 0},
+        "auto",
+        "warning",
+        "cannot use the driver",
+    ),
+    "driver too old and not asked for": ({"build": "13.0", **DRIVER}, "cpu", "warning", "535.1"),
+    "found by torch alone": (
+        {"build": "12.8", "usable": True},
+        "auto",
+        "error",
+        "torch finds a GPU and no NVIDIA driver lists one",
+    ),
+    "found by torch alone and not asked for": (
+        {"build": "12.8", "usable": True},
+        "cpu",
+        "warning",
+        "no job can lock it",
     ),
     "driver too old, cuda asked for": ({"build": "13.0", **DRIVER}, "cuda:1", "error", "12.2"),
     "cuda build without gpu": ({"build": "13.0"}, "auto", "remark", "no GPU or driver"),

@@ -163,10 +163,11 @@ def require_agreement(device: str, lease: Lease) -> None:
     if device == "cpu" or torch.cuda.is_available() == (lease.gpu is not None):
         return
     if lease.gpu is None:
+        unread = isinstance(nvml(), str) and torch.version.hip is None
+        install = "install nvidia-ml-py (pip install 'dynatree[gpu]'), or " if unread else ""
         raise DeviceError(
-            f"device: {device!r} asked for, torch finds a GPU and the driver lists none"
-            f"{_limits()}, so it cannot be locked; install nvidia-ml-py (pip install "
-            "'dynatree[gpu]'), or set device: cpu"
+            f"device: {device!r} asked for, torch finds a GPU and no NVIDIA driver lists one"
+            f"{_limits()}, so it cannot be locked; {install}set device: cpu"
         )
     built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs only"
     raise DeviceError(

@@ -23,9 +23,8 @@ from typing import Any, Literal, get_args
 import psutil
 from packaging.requirements import Requirement
 
-from dynatree import __version__
+from dynatree import __version__, devices
 from dynatree.config import Config, load_config
-from dynatree.devices import nvml
 from dynatree.errors import ConfigError
 from dynatree.facts import Fact
 
@@ -80,6 +79,7 @@ class Gpus(Fact):
         driver: version of the NVIDIA driver; None without one.
         driver_cuda: the newest CUDA version that the driver runs, such as 12.4.
         nvml: the driver was asked through NVML; else only torch was.
+        lockable: GPUs that a job may take: those that the driver lists and nothing hides.
         names: of the GPUs.
         unsupported: GPUs that the build has no code for.
         users: other processes on the GPUs.
@@ -92,6 +92,7 @@ class Gpus(Fact):
     driver: str | None = None
     driver_cuda: str | None = None
     nvml: bool = False
+    lockable: int = 0
     names: tuple[str, ...] = ()
     unsupported: tuple[str, ...] = ()
     users: tuple[GpuUser, ...] = ()
@@ -273,6 +274,7 @@ def _with_torch() -> tuple[dict[str, Any], Gpus]:
         device = torch.device("cpu")
         origin = provenance(device, seed=0)
         facts["trouble"] = str(error).strip().partition("\n")[0]
+    facts["lockable"] = sum(unit is not None for unit in devices.gpus(lambda _: None))
     gpus = Gpus(build=torch.version.cuda, usable=device.type == "cuda", **facts)
     return {key: origin[key] for key in ("device", "machine", "git")}, gpus
 
@@ -295,7 +297,7 @@ def runs_on(capability: tuple[int, int], built: Sequence[str]) -> bool:
 
 def _nvml() -> dict[str, Any]:
     """Fields of `Gpus` that the driver knows; its version at most without NVML."""
-    pynvml = nvml()
+    pynvml = devices.nvml()
     if isinstance(pynvml, str):
         try:
             found = re.search(r"Kernel Module\D+([\d.]+)", DRIVER.read_text(encoding="utf-8"))
@@ -374,22 +376,31 @@ def check_cuda(gpus: Gpus, wanted: str) -> Iterator[Finding]:
     """Whether torch, driver and GPU go together, and whether the device `wanted` is there."""
     asked = wanted.startswith("cuda")
     level: Level = "error" if asked else "warning"
+    # What a job with `auto` refuses as well; see `devices.require_agreement`.
+    refused: Level = "warning" if wanted == "cpu" else "error"
     if gpus.unsupported:
         yield Finding(
-            level="error" if asked or wanted == "auto" else "warning",
+            level=refused,
             what=f"torch is built for CUDA {gpus.build}, without code for "
             f"{', '.join(gpus.unsupported)}",
             fix="install a newer torch, or set device: cpu for the pair",
         )
     if gpus.trouble is not None:
         yield Finding(
-            level="error" if asked or wanted == "auto" else "warning",
+            level=refused,
             what=f"torch finds a GPU and cannot use it: {gpus.trouble}",
             fix="see with nvidia-smi whether it is in order and free (compute mode, processes), or "
             "set device: cpu for the pair",
         )
         return
-    if gpus.usable:
+    if gpus.usable and gpus.lockable == 0:
+        yield Finding(
+            level=refused,
+            what="torch finds a GPU and no NVIDIA driver lists one: no job can lock it",
+            fix="pip install 'dynatree[gpu]', or set device: cpu for the pair; other than NVIDIA's "
+            "GPUs are not supported",
+        )
+    elif gpus.usable:
         index = wanted.partition(":")[2]
         if index and int(index) >= len(gpus.names):
             yield Finding(
@@ -399,8 +410,7 @@ def check_cuda(gpus: Gpus, wanted: str) -> Iterator[Finding]:
                 fix="set a smaller index, cuda or auto for the pair, or look at "
                 "CUDA_VISIBLE_DEVICES",
             )
-        return
-    if gpus.build is None and gpus.driver is not None:
+    elif gpus.build is None and gpus.driver is not None:
         yield Finding(
             level=level,
             what=f"a driver ({gpus.driver}) for {', '.join(gpus.names) or 'a GPU'} is here, and "
@@ -416,7 +426,7 @@ def check_cuda(gpus: Gpus, wanted: str) -> Iterator[Finding]:
     elif gpus.build is not None and gpus.driver is not None:
         newest = f", which runs CUDA up to {gpus.driver_cuda}" if gpus.driver_cuda else ""
         yield Finding(
-            level=level,
+            level=refused if gpus.lockable else level,
             what=f"torch is built for CUDA {gpus.build} and cannot use the driver {gpus.driver}"
             f"{newest}",
             fix="update the driver, or install a torch built for a CUDA that it runs; nvidia-smi "

@@ -17,7 +17,7 @@ LIBRARIES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "sn
 
 def device_facts(device: torch.device) -> dict[str, Any]:
     """Type and name of the device, the threads in use, and the GPU's driver and clocks; whether our
-    kernels serve it: `dynatree.kernel` on a CPU, `dynatree.cuda_kernels` on a GPU."""
+    kernels are at hand: `dynatree.kernel` on a CPU, `dynatree.cuda_kernels` on a GPU."""
     facts: dict[str, Any] = {
         "type": device.type,
         "name": _cpu_name(),

@@ -30,7 +30,8 @@ Method = Literal["autoregressive", "strategy"]
 
 
 class RoundRecord(Fact):
-    """One verification: draft nodes verified, depth of the deepest, draft tokens committed.
+    """One verification: draft nodes verified, depth of the deepest that there was room to commit,
+    draft tokens committed.
 
     `ngram_nodes` are the nodes that an n-gram gave and the draft model did not, `ngram_accepted`
     the tokens committed of these. Where there are none, the file does not mention them.
