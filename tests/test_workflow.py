@@ -401,8 +401,6 @@ def test_sections_are_targets_too(project):
     [
         "results/runs/elsewhere/tree.json",
         "results/runs/micro/more/tree.json",
-        "results/trees/elsewhere/tree.json",
-        "results/pairs/elsewhere/training.json",
         # There are no experiments at all.
         "results/experiments/sweep.json",
     ],
