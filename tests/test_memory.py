@@ -9,7 +9,7 @@ from micro_pair import micro  # noqa: F401 - a fixture
 
 from dynatree import Autoregressive, Decoder, Tree
 from dynatree.devices import DeviceError
-from dynatree.memory import fitting, gib, needed
+from dynatree.memory import available, fitting, gib, needed
 from dynatree.pairs import load_models
 from dynatree.specs import Models
 
@@ -117,3 +117,16 @@ def test_a_model_that_cannot_be_read_is_left_to_the_loader(models, memory, tmp_p
         fitting("measure tree", "micro", broken, BOTH, 24),
     ):
         raise MemoryError
+
+
+def test_a_gpu_that_is_too_full_to_be_asked_is_named(monkeypatch):
+    def fails(device):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", fails)
+    said = "CUDA error: out of memory"
+    with pytest.raises(DeviceError, match=r"cuda:0 is full: .*out of memory"):
+        available(torch.device("cuda", 0))
+    said = "CUDA error: an illegal memory access was encountered"
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        available(torch.device("cuda", 0))

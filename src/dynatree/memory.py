@@ -103,9 +103,21 @@ def needed(pair: str, models: Models, decoders: Iterable[StrategyBase], length: 
 
 
 def available(device: torch.device) -> Free:
-    """The memory of a device, or for a CPU that of the host."""
+    """The memory of a device, or for a CPU that of the host.
+
+    Raises:
+        DeviceError: a GPU is too full to be asked.
+    """
     if device.type == "cuda":
-        return Free(*torch.cuda.mem_get_info(device), torch.cuda.get_device_name(device))
+        try:
+            return Free(*torch.cuda.mem_get_info(device), torch.cuda.get_device_name(device))
+        except RuntimeError as error:
+            if not ran_out(error):
+                raise
+            raise DeviceError(
+                f"{device} is full: not even CUDA itself finds memory there ({error}); see with "
+                "nvidia-smi who holds it, free it, or take another device"
+            ) from error
     memory = psutil.virtual_memory()
     return Free(memory.available, memory.total, "the host")
 
