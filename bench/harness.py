@@ -139,6 +139,13 @@ def load(arguments: argparse.Namespace, name: str) -> Setting:
     return Setting(spec, pair, encode_prompts(spec, pair), arguments.out, started)
 
 
+def random_tokens(setting: Setting, count: int) -> Tensor:
+    """int64 [count] on the device, any tokens of the vocabulary; the same for one seed."""
+    generator = torch.Generator().manual_seed(setting.spec.measure.seed)
+    vocabulary = setting.pair.target.config.get_text_config().vocab_size
+    return torch.randint(vocabulary, (count,), generator=generator).to(setting.device)
+
+
 def interleaved(
     methods: Mapping[str, Callable[[Case], Outcome]],
     cases: Sequence[Case],

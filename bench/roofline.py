@@ -13,7 +13,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import SYSTEM, Setting, argument_parser, interleaved, load, markdown, positive, write
+from harness import (
+    SYSTEM,
+    Setting,
+    argument_parser,
+    interleaved,
+    load,
+    markdown,
+    positive,
+    random_tokens,
+    write,
+)
 from rounds import observe, summary
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -202,9 +212,7 @@ def measure(setting: Setting, context: int, copy_bytes: int, repeats: int) -> di
     spec, pair, kind = setting.spec, setting.pair, setting.device.type
     runs, warmup = spec.measure.runs, spec.measure.warmup
     new = spec.measure.max_new_tokens
-    vocabulary = pair.target.config.get_text_config().vocab_size
-    generator = torch.Generator().manual_seed(spec.measure.seed)
-    prompt = torch.randint(vocabulary, (context,), generator=generator).to(setting.device)
+    prompt = random_tokens(setting, context)
     forwards, kv = steps(setting, prompt)
     calls = {"copy": copying(setting.device, copy_bytes)}
     calls |= {name: step.run for name, step in forwards.items()}

@@ -112,7 +112,7 @@ def watched(decoder: Decoder, clock: PhaseClock) -> Iterator[None]:
         nonlocal phase
         clock.mark("host")
         # To catch up with rounds that had no draft is drafting, too.
-        phase = {"catch_up": "grow"}.get(str(key[0]), str(key[0]))
+        phase = "grow" if key[0] == "catch_up" else str(key[0])
         run(key, body)
         clock.mark(phase)
         phase = "host"

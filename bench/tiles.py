@@ -20,6 +20,7 @@ from harness import (
     load,
     markdown,
     positive,
+    random_tokens,
     replaced,
     write,
 )
@@ -113,18 +114,15 @@ def forwards(
     mask = torch.arange(runtime.visible(context + rows), device=device) <= places[:, None]
     logits = torch.empty(rows, runner.vocab_size, dtype=model.dtype, device=device)
 
-    def forward(choice: Choice | None) -> None:
-        def run() -> None:
-            logits.copy_(runner.forward(prompt[:1].expand(rows), places, places, mask))
+    def forward() -> None:
+        logits.copy_(runner.forward(prompt[:1].expand(rows), places, places, mask))
 
-        if choice is None:
-            run()
-            return
+    def under(choice: Choice) -> None:
         with replaced(kernels, choice.constant, chosen(choice, kernels, rows)):
-            run()
+            forward()
 
-    by_name = {PRESENT: None, **{choice.name: choice for choice in choices}}
-    phases = {name: partial(forward, choice) for name, choice in by_name.items()}
+    phases: dict[str, Callable[[], None]] = {PRESENT: forward}
+    phases |= {choice.name: partial(under, choice) for choice in choices}
     differences: dict[str, float] = {}
     with torch.inference_mode():
         runner.prefill(prompt)
@@ -167,9 +165,7 @@ def measure(
             f"--runtime: only in CUDA graphs are the models' forwards kernels, got "
             f"{spec.models.runtime!r}; leave it out"
         )
-    generator = torch.Generator().manual_seed(spec.measure.seed)
-    vocabulary = pair.target.config.get_text_config().vocab_size
-    prompt = torch.randint(vocabulary, (context,), generator=generator).to(setting.device)
+    prompt = random_tokens(setting, context)
     found: dict[str, Any] = {}
     for role, model in models.items():
         for count in rows:

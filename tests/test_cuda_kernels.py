@@ -416,11 +416,23 @@ def test_every_launch_compiles_for_a_gpu(capability, shared, tmp_path):
 # The benchmark that chose their constants.
 
 
+@pytest.fixture
+def run_tiles(micro, tmp_path, monkeypatch):  # noqa: F811
+    """Calls the command with options, in a folder of its own, without warm-up."""
+    config = study(micro, ["The with statement"], {"dynatree": {"strategy": "tree"}}, warmup=0)
+    config["pairs"]["micro"]["device"] = DEVICE.type
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.chdir(tmp_path)
+
+    def run(*options):
+        monkeypatch.setattr(sys, "argv", ["bench/tiles.py", *options])
+        tiles.reporting(tiles.main)
+
+    return run
+
+
 def test_every_choice_of_tiles_is_timed_and_computes_the_same(
-    kernels,
-    micro,  # noqa: F811
-    tmp_path,
-    monkeypatch,
+    kernels, run_tiles, tmp_path, monkeypatch
 ):
     used = []
 
@@ -438,15 +450,10 @@ def test_every_choice_of_tiles_is_timed_and_computes_the_same(
     monkeypatch.setattr(kernels.programs, "attend", Launch())
     monkeypatch.setattr(tiles, "Runtime", lambda *args, **options: Direct())
     monkeypatch.setattr(tiles, "ModelRunner", lambda *args: direct(ModelRunner(*args)))
-    config = study(micro, ["The with statement"], {"dynatree": {"strategy": "tree"}}, warmup=0)
-    config["pairs"]["micro"]["device"] = DEVICE.type
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    monkeypatch.chdir(tmp_path)
     options = ["--out", "out", "--runs", "1", "--repeats", "1", "--context", "20"]
     options += ["--rows", "2", "--constants", "_early", "_ATTEND"]
-    monkeypatch.setattr(sys, "argv", ["bench/tiles.py", *options])
     before = {name: getattr(kernels, name) for name in ("_early", "_ATTEND")}
-    tiles.main()
+    run_tiles(*options)
     assert before == {name: getattr(kernels, name) for name in before}
     (written,) = (tmp_path / "out").glob("tiles-micro-*.json")
     forwards = json.loads(written.read_text())["forwards"]
@@ -469,14 +476,10 @@ def test_every_choice_of_tiles_is_timed_and_computes_the_same(
         assert f"| {name} | {tiles.PRESENT} |" in table
 
 
-def test_tiles_are_chosen_on_a_gpu(micro, tmp_path, monkeypatch, capsys):  # noqa: F811
-    config = study(micro, ["The with statement"], {"dynatree": {"strategy": "tree"}})
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    monkeypatch.chdir(tmp_path)
+def test_tiles_are_chosen_on_a_gpu(run_tiles, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "kernels", lambda device: None)
-    monkeypatch.setattr(sys, "argv", ["bench/tiles.py", "--rows", "1"])
     with pytest.raises(SystemExit):
-        tiles.reporting(tiles.main)
+        run_tiles("--device", "cpu", "--rows", "1")
     assert "need an NVIDIA GPU of compute capability 8.0 or later, got cpu" in (
         capsys.readouterr().err
     )
@@ -490,18 +493,8 @@ def test_tiles_are_chosen_on_a_gpu(micro, tmp_path, monkeypatch, capsys):  # noq
     ],
 )
 def test_tiles_of_what_the_kernels_do_not_serve_are_refused(
-    kernels,
-    micro,  # noqa: F811
-    tmp_path,
-    monkeypatch,
-    capsys,
-    options,
-    message,
+    kernels, run_tiles, monkeypatch, capsys, options, message
 ):
-    config = study(micro, ["The with statement"], {"dynatree": {"strategy": "tree"}})
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["bench/tiles.py", "--rows", "1", *options])
     if not options:
         found = tiles.load
 
@@ -512,7 +505,7 @@ def test_tiles_of_what_the_kernels_do_not_serve_are_refused(
 
         monkeypatch.setattr(tiles, "load", load)
     with pytest.raises(SystemExit):
-        tiles.reporting(tiles.main)
+        run_tiles("--rows", "1", *options)
     assert re.search(message, capsys.readouterr().err)
 
 

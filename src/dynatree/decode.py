@@ -363,17 +363,17 @@ class Decoder:
             bound = len(prompt)
             chunk, ends = _until(stop, report.tokens)
             remaining = 0 if ends else max_new_tokens - 1
-            yield chunk
-            clock.mark("consumer")
-            # What was committed and is yet to be yielded.
-            chunk = []
             grown = False
             self._missed = 0
             rule = steps = 0
             # Done while the device verifies: the next choice is the first to need it.
             learn: Callable[[], object] | None = None
             while remaining > 0:
-                if self._drafter is not None and not grown:
+                begun = grown
+                if not begun:
+                    yield chunk
+                    clock.mark("consumer")
+                if self._drafter is not None and not begun:
                     rule = self._choose_rule(learn)
                     steps = self._grow(rule, bound, remaining - 1, stats)
                     report = self._report.read()
@@ -381,7 +381,7 @@ class Decoder:
                 nodes, depth = report.nodes, report.depth
                 # Of this round, also after the next one has begun.
                 verified = rule, steps, nodes, remaining
-                if not (grown and self._drafter is None):
+                if not (begun and self._drafter is None):
                     self._verify_and_commit(nodes, bound, clock)
                 # One token is left at least, so the round that was just begun is not the last
                 # one as far as the host can know.
@@ -393,7 +393,7 @@ class Decoder:
                 elif grown:
                     self._report.send()
                     self._verify_and_commit(0, bound + 1, clock)
-                if chunk:
+                if begun:
                     # The consumer has the last round's tokens while the device is at work.
                     yield chunk
                     clock.mark("consumer")
@@ -413,12 +413,7 @@ class Decoder:
                 remaining = 0 if ends else remaining - len(chunk)
                 stats.target_forwards += 1
                 clock.mark("other")
-                if not grown:
-                    yield chunk
-                    clock.mark("consumer")
-                    chunk = []
-            if chunk:
-                yield chunk
+            yield chunk
         finally:
             stats.seconds = clock.seconds()
             stats.seconds.pop("consumer", None)
