@@ -63,12 +63,12 @@ class Choice:
         return f"{self.constant.strip('_')} {', '.join(map(str, values))}"
 
 
-def never(states: Tensor) -> bool:
+def never(states: Tensor, narrow: bool = False) -> bool:
     """No kernel is launched before the one before it has ended."""
     return False
 
 
-def always(states: Tensor) -> bool:
+def always(states: Tensor, narrow: bool = False) -> bool:
     """Every kernel is."""
     return True
 
@@ -79,18 +79,21 @@ CHOICES = (
     *(Choice("_ENTER_ONE", of, (1,)) for of in ((1, 0, 1, 4), (4, 0, 1, 4), (4, 0, 1, 8))),
     *(Choice("_LEAVE_ONE", of, (1,)) for of in ((2, 512, 1, 4), (1, 512, 1, 2), (2, 512, 1, 8))),
     *(Choice("_ENTER_MANY", of, MANY) for of in ((32, 64, 4, 4), (64, 128, 3, 4), (64, 64, 6, 4))),
-    *(Choice("_LEAVE_MANY", of, MANY) for of in ((32, 128, 3, 4), (64, 64, 5, 4), (64, 64, 4, 4))),
+    *(Choice("_ENTER_NARROW", of, MANY) for of in ((16, 0, 1, 4), (32, 0, 1, 8))),
+    *(Choice("_LEAVE_NARROW", of, MANY) for of in ((32, 0, 1, 4), (16, 0, 1, 2))),
+    *(Choice("_PROGRAMS", of, MANY) for of in (64, 256)),
+    *(Choice("_LEAVE_MANY", of, MANY) for of in ((32, 128, 3, 4), (64, 128, 3, 4), (64, 64, 4, 4))),
     *(Choice("_ATTEND", of, (1,)) for of in ((16, 32, 1, 4), (16, 128, 1, 4), (16, 64, 2, 4))),
     *(Choice("_ATTEND", of, (2, 8, 16)) for of in ((16, 64, 2, 4), (16, 64, 8, 4))),
-    *(Choice("_ATTEND", of, (32,)) for of in ((16, 64, 4, 4), (32, 64, 2, 4), (32, 64, 8, 4))),
-    *(Choice("_ATTEND", of, (64,)) for of in ((16, 64, 8, 4), (32, 64, 4, 4), (64, 64, 8, 8))),
+    *(Choice("_ATTEND", of, (32,)) for of in ((16, 64, 8, 4), (32, 64, 4, 4), (32, 64, 8, 4))),
+    *(Choice("_ATTEND", of, (64,)) for of in ((16, 64, 4, 4), (32, 64, 8, 4), (64, 64, 8, 8))),
 )
 
 
 def chosen(choice: Choice, kernels: Any, rows: int) -> Any:
     """The value of the constant while the choice is in force."""
     present = getattr(kernels, choice.constant)
-    if callable(present):
+    if callable(present) or isinstance(present, int):
         return choice.value
     if isinstance(present, dict):
         key = next(most for most in present if rows <= most)

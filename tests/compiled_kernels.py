@@ -18,8 +18,12 @@ from torch import nn
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import CompiledKernel
 
-PYTHIA = ((2560, 10240, 32, (1, 16, 32, 64)), (512, 2048, 8, (2, 64)))
-"""Width, width of the MLP, heads and rows, of Pythia-2.8B and Pythia-70M."""
+PYTHIA = (
+    (2560, 10240, 32, ((1, False), (16, False), (32, False), (64, False), (100, True))),
+    (512, 2048, 8, ((2, False), (64, False), (100, True))),
+)
+"""Width, width of the MLP, heads and rows, whether the living ones are counted: of Pythia-2.8B and
+Pythia-70M."""
 
 
 class Absent:
@@ -62,17 +66,19 @@ def main(capability):
         leaves = [nn.Linear(width, width, **kind), nn.Linear(inner, width, **kind)]
         cache = torch.zeros(2, 1, heads, 1032, width // heads, **kind)
         tables = (torch.zeros(2048, width // heads // 4, **kind),) * 2
-        for rows in counts:
+        for rows, counted in counts:
+            living = torch.ones(1, dtype=torch.int32) if counted else None
             at = torch.arange(rows)
             hidden = kernels.select_rows(torch.zeros(100, width, **kind), at)
             mask = kernels.select_columns(
                 torch.ones(rows, 300, dtype=torch.bool), at.new_zeros(1024)
             )
-            masks = kernels.divide_mask(mask, at)
-            states, active = kernels.enter(hidden, norms, enters)
-            attended = kernels.attend(states, tables, at, at, masks, *cache, workspace)
-            kernels.leave(hidden, attended, active, leaves, workspace)
-            kernels.best(torch.zeros(rows, 50304, **kind), 2, workspace, log_probs=True)
+            around = kernels.surroundings(mask, at, at, tables, living)
+            states, active = kernels.enter(hidden, norms, enters, living)
+            attended = kernels.attend(states, at, around, *cache, workspace, living)
+            kernels.leave(hidden, attended, active, leaves, workspace, living)
+            kernels.norm(hidden, norms[:1], living)
+            kernels.best(torch.zeros(rows, 50304, **kind), 2, workspace, True, living)
     kernels.best(torch.zeros(1, 50304, **kind), 1, workspace, log_probs=False)
     kernels.move_slots(cache, torch.arange(8), torch.arange(8))
     tree = (
@@ -81,8 +87,15 @@ def main(capability):
         torch.zeros(256, 257, dtype=torch.bool),
     )
     values = torch.zeros(4, 2)
-    kernels.grow(values, values.long(), values[:, 0], 3, 7, -4.6, tree)
-    kernels.compact(tree, 255, tree)
+    living = torch.ones(1, dtype=torch.int32)
+    kernels.grow(values, values.long(), values[:, 0], 3, 7, -4.6, 8, tree, living)
+    kernels.compact(tree, 255, 64, tree)
+    one = torch.zeros(1, dtype=torch.long)
+    for rows in (16, 256):
+        path, chosen, count = kernels.walk(tree, torch.zeros(rows, dtype=torch.long), 8)
+        kernels.commit(path, chosen, count, tree[0], tree[0], one, (path, one))
+    kernels.survey(tree[3], tree[2], one, one, one)
+    kernels.any_nan(tree[3], one)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from dynatree import fused, gpu
 from dynatree.errors import DecodeError
 from dynatree.runner import ModelRunner
 from dynatree.runtime import Runtime
+from dynatree.selection import most_probable
 from dynatree.tree import DraftTree
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
@@ -32,6 +33,8 @@ import tiles
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
 ROWS = (1, 2, 5, 16, 17, 64)
+WIDE = dynatree.Tree(depth=4, branch_factor=3, prune_threshold=0.004)
+"""Levels of up to 81 nodes, of which few live."""
 GEOMETRIES = {"narrow": (32, 64, 4, 2), "wide": (160, 640, 2, 20), "draft": (128, 512, 2, 16)}
 """Width, width of the MLP, heads and rotary dimensions."""
 
@@ -148,23 +151,28 @@ def test_attention(kernels, workspace, dtype, geometry, rows, shown):
         wanted_values[:, :, :visible],
         attn_mask=mask[None, None],
     )
-    masks = kernels.divide_mask(mask, slots)
-    found = kernels.attend(states, tables, positions, slots, masks, keys, values, workspace)
+    around = kernels.surroundings(mask, slots, positions, tables)
+    found = kernels.attend(states, slots, around, keys, values, workspace)
     close(found, wanted[0].transpose(0, 1).reshape(rows, width))
     close(keys, wanted_keys)
     assert torch.equal(values, wanted_values)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 40])
-def test_a_divided_mask(kernels, rows):
+def test_surroundings(kernels, rows):
     torch.manual_seed(rows)
     mask = torch.rand(rows, 1300, device=DEVICE) < 0.5
     mask[:, :7] = True
     slots = torch.randperm(1300, device=DEVICE)[:rows]
-    found = kernels.divide_mask(mask, slots)
+    # Padding may stand beyond the tables.
+    positions = torch.randint(30, (rows,), device=DEVICE)
+    tables = random(20, 6), random(20, 6)
+    found = kernels.surroundings(mask, slots, positions, tables)
     old = mask.index_fill(1, slots, False)
     assert torch.equal(found.old.bool(), old)
     assert torch.equal(found.new.bool(), mask[:, slots])
+    for angles, table in zip((found.cosines, found.sines), tables, strict=True):
+        assert torch.equal(angles, table[positions.clamp(max=19)])
     assert found.common.tolist() == [(~row).nonzero()[0].item() for row in old]
     assert found.used.tolist() == [row.nonzero()[-1].item() + 1 for row in old]
 
@@ -230,42 +238,71 @@ def test_selections_and_moves(kernels):
 
 @pytest.mark.parametrize(("children", "depth"), [(1, 5), (2, 4), (3, 3)])
 @pytest.mark.parametrize("least", [-float("inf"), -1.6])
-def test_trees(kernels, children, depth, least, monkeypatch):
-    """Levels that are written in place, and the living nodes of them, as PyTorch has them."""
-    size = sum(children**level for level in range(depth + 1))
-    torch.manual_seed(size)
-    grown, kept = ([DraftTree(size, DEVICE) for _ in range(2)] for _ in range(2))
+@pytest.mark.parametrize("budget", [3, 7, 99])
+def test_trees(kernels, children, depth, least, budget, monkeypatch):
+    """Levels that are written in place, and the most probable nodes, as PyTorch has them."""
+    most = sum(children**level for level in range(depth + 1))
+    kept_most = min(most, budget + 1)
+    torch.manual_seed(most)
+    grown = [DraftTree(most, DEVICE) for _ in range(2)]
+    kept = [DraftTree(kept_most, DEVICE) for _ in range(2)]
+    living = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     for reuse in range(3):
         root = torch.tensor([reuse], device=DEVICE)
         for tree in grown:
             tree.plant(root)
         levels = [tree.level for tree in grown]
+        width = 1
         for level in range(depth):
-            width = children**level
-            values = -torch.rand(width, children, device=DEVICE)
+            # Coarse, so that some are equal.
+            values = -torch.randint(1, 9, (width, children), device=DEVICE) / 8
+            values = values.sort(descending=True).values
             if reuse == 2 and level == 1:
                 values[-1, -1] = torch.nan
             tokens = torch.randint(99, (width, children), device=DEVICE)
+            dead = levels[0].log_probs == -torch.inf
             log_probs = (values + levels[0].log_probs[:, None]).view(-1)
-            log_probs = log_probs.masked_fill(log_probs < least, -float("inf"))
+            log_probs = log_probs.masked_fill(log_probs < least, -torch.inf)
+            # Of dead nodes nothing is computed.
+            values[dead], tokens[dead] = torch.nan, -(10**9)
+            number = int((log_probs != -torch.inf).sum())
+            # Of few nodes some have no place, of many the last places are those of dead ones.
+            size = min(width * children, budget, number + 1 + reuse)
+            best = log_probs.sort(descending=True, stable=True).indices[:size]
+            lives = torch.zeros_like(log_probs, dtype=torch.bool).index_fill(0, best, True)
+            lives &= log_probs != -torch.inf
+            log_probs, number = log_probs.masked_fill(~lives, -torch.inf), int(lives.sum())
             parents = torch.arange(width, device=DEVICE).repeat_interleave(children)
-            above = levels[1]
-            levels[0] = grown[0].extend(parents, tokens.view(-1), log_probs)
-            start, count = above.start, grown[1].size
-            kernels.grow(values, tokens, above.log_probs, start, count, least, grown[1].tensors)
-            levels[1] = grown[1].placed(width * children)
+            order = (~lives).to(torch.uint8).sort(stable=True).indices[:size]
+            known = tokens.view(-1).masked_fill(~lives, 0)
+            start, count = levels[1].start, grown[1].size
+            kernels.grow(
+                values, tokens, levels[1].log_probs, start, count, least, size, grown[1].tensors,
+                living,
+            )  # fmt: skip
+            levels[0] = grown[0].extend(parents[order], known[order], log_probs[order])
+            levels[1] = grown[1].placed(size)
+            assert living.item() == number
+            width = size
         for tree in grown:
             tree.join()
         with monkeypatch.context() as patch:
             patch.setattr(gpu, "kernels", lambda device: None)
-            nodes = kept[0].take(grown[0], size)
-        assert torch.equal(kept[1].take(grown[1], size), nodes)
+            nodes = kept[0].take(grown[0], kept_most)
+        assert torch.equal(kept[1].take(grown[1], kept_most), nodes)
         for one, other in ((grown[0], grown[1]), (kept[0], kept[1])):
             for wanted, found in zip(one.tensors, other.tensors, strict=True):
+                if reuse == 2 and one is kept[0]:
+                    # A tree with what is not a number is refused; where it came from means nothing.
+                    continue
                 torch.testing.assert_close(
                     found[: one.size], wanted[: one.size], rtol=0, atol=0, equal_nan=True
                 )
-        assert torch.equal(kept[1].tensors[4], kept[0].tensors[4])
+        if reuse < 2:
+            assert torch.equal(kept[1].tensors[4], kept[0].tensors[4])
+        else:
+            found, wanted = (trees[1].log_probs.isnan().any() for trees in (kept, grown))
+            assert found == wanted
 
 
 # Whole models.
@@ -315,11 +352,44 @@ def test_the_forward(kernels, rows):
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("living", [0, 1, 16, 17, 40])
+@pytest.mark.parametrize("width", [32, 96])
+def test_tokens_that_only_fill_a_shape_are_left_out(kernels, width, living):
+    """What is wanted is as if nothing else was there, and of the rest nothing is stored."""
+    heads = {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": 2}
+    model = build("gpt_neox", layers=2, seed=5, **heads).to(DEVICE)
+    rows, begin = 40, 33
+    tokens, slots = prompt(rows, 1).to(DEVICE), begin + torch.arange(rows, device=DEVICE)
+    mask = torch.rand(rows, 256, device=DEVICE) < 0.5
+    # Others are seen by nobody, as dead nodes are no ancestors.
+    mask[:, 0], mask[:living, begin + living : begin + rows] = True, False
+    runners = [direct(ModelRunner(model, 264, Direct())) for _ in range(2)]
+    with torch.inference_mode():
+        for runner in runners:
+            runner.prefill(prompt(begin).to(DEVICE))
+        before = runners[0].cache.storage.clone()
+        counted = torch.tensor([living], dtype=torch.int32, device=DEVICE)
+        found = runners[0].forward(tokens, slots, slots, mask, counted)
+        wanted = runners[1].forward(tokens, slots, slots, mask)
+        log_probs, best = most_probable(found, 2, counted)
+        wanted_log_probs, wanted_best = most_probable(wanted, 2)
+    torch.testing.assert_close(found[:living], wanted[:living], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(log_probs[:living], wanted_log_probs[:living], rtol=1e-4, atol=1e-4)
+    assert torch.equal(best[:living], wanted_best[:living])
+    storage, end = runners[0].cache.storage, begin + living
+    torch.testing.assert_close(
+        storage[..., begin:end, :], runners[1].cache.storage[..., begin:end, :]
+    )
+    assert torch.equal(storage[..., end:, :], before[..., end:, :])
+    assert not gpu.workspace(DEVICE).finished.any()
+
+
 @pytest.mark.parametrize(
     "strategy",
     [
         dynatree.Autoregressive(),
         dynatree.Linear(num_draft_tokens=2),
+        WIDE,
         dynatree.Tree(depth=2, branch_factor=2, prune_threshold=0.05, node_budget=6),
         STRATEGIES["small_budget"],
         STRATEGIES["ngram_small"],
@@ -334,15 +404,54 @@ def test_decoding_is_exact(kernels, strategy):
         assert decoder.decode(ids, new).tokens == oracle(decoder._models[0], ids, new)
 
 
+@pytest.mark.parametrize(
+    ("strategy", "wide"),
+    [
+        (WIDE, True),
+        (WIDE.model_copy(update={"node_budget": 20, "prune_threshold": 0.001}), True),
+        (dynatree.Tree(depth=5, prune_threshold=0.0, node_budget=9), False),
+        (dynatree.Tree(depth=7, prune_threshold=0.02, node_budget=16), False),
+    ],
+    ids=lambda value: getattr(value, "prune_threshold", value),
+)
+def test_a_tree_in_place_is_the_one_that_exact_shapes_give(kernels, strategy, wide, monkeypatch):
+    """A wide level is read as far as its nodes live."""
+    decoder, ids = decoder_of(strategy, 60), prompt(9).to(DEVICE)
+    models = [copy.deepcopy(model) for model in decoder._models]
+    exact = dynatree.Decoder(*models, strategy, 60, Runtime("eager", DEVICE, static=False))
+    counts, call = [], fused.Forward.__call__
+
+    def counting(self, living=None, **inputs):
+        if living is not None:
+            counts.append((inputs["input_ids"].shape[1], living.item()))
+        return call(self, living=living, **inputs)
+
+    monkeypatch.setattr(fused.Forward, "__call__", counting)
+    with torch.inference_mode():
+        for each in (decoder, exact):
+            each._prefill(ids)
+            each._grow_phase(0, strategy.max_depth, each.runtime.visible(60))
+    found, wanted = decoder._tree, exact._tree
+    size = wanted.size
+    for name in ("tokens", "parents", "depths"):
+        assert torch.equal(getattr(found, name)[:size], getattr(wanted, name)[:size])
+    assert (found.log_probs[size:] == -torch.inf).all()
+    assert torch.equal(found.ancestors[:size, :size], wanted.ancestors[:size, :size])
+    assert bool(counts) == wide
+    for rows, living in counts:
+        assert rows > kernels.TILE_ROWS
+        assert 0 < living <= rows
+
+
 def test_a_tree_grows_in_place_where_nothing_is_to_be_chosen(kernels, monkeypatch):
-    """The full system does; with a budget that is too small, nodes are selected."""
+    """All trees do whose nodes are all expanded."""
     calls = []
     grow = kernels.grow
     monkeypatch.setattr(kernels, "grow", lambda *args: calls.append(1) or grow(*args))
     for strategy, levels in (
         (dynatree.Tree(depth=3, branch_factor=2, prune_threshold=0.2, node_budget=14), 3),
+        (dynatree.Tree(depth=3, branch_factor=2, prune_threshold=0.0, node_budget=3), 3),
         (dynatree.Linear(num_draft_tokens=4), 4),
-        (dynatree.Tree(depth=3, branch_factor=2, prune_threshold=0.2, node_budget=13), 0),
         (dynatree.BestFirst(), 0),
     ):
         calls.clear()
@@ -441,13 +550,14 @@ def test_every_choice_of_tiles_is_timed_and_computes_the_same(
 
         def __getitem__(self, grid):
             def launch(*args, **options):
-                used.append((*args[-7:-4], options["num_warps"]))
+                used.append((*args[-9:-6], options["num_warps"]))
                 return attend[grid](*args, **options)
 
             return launch
 
     attend = kernels.programs.attend
     monkeypatch.setattr(kernels.programs, "attend", Launch())
+    monkeypatch.setattr(kernels, "_PROGRAMS", 1)
     monkeypatch.setattr(tiles, "Runtime", lambda *args, **options: Direct())
     monkeypatch.setattr(tiles, "ModelRunner", lambda *args: direct(ModelRunner(*args)))
     options = ["--out", "out", "--runs", "1", "--repeats", "1", "--context", "20"]

@@ -564,7 +564,7 @@ class TableRunner:
     def prefill(self, tokens):
         return self.table[tokens[-1:]]
 
-    def forward(self, tokens, positions, slots, mask):
+    def forward(self, tokens, positions, slots, mask, living=None):
         return self.table[tokens]
 
 

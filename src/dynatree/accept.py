@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dynatree import kernel
+from dynatree import gpu, kernel
 from dynatree.tree import DraftTree, Rows
 
 
@@ -44,6 +44,9 @@ def accept_greedy(tree: DraftTree, choices: Tensor, longest: int, static: bool) 
     count = len(choices)
     if count == 1:
         return Accepted(torch.zeros_like(choices), choices, torch.ones_like(choices))
+    kernels = gpu.kernels(choices.device) if static else None
+    if kernels is not None:
+        return Accepted(*kernels.walk(tree.tensors, choices, longest))
     rows = tree.first(count)
     if static:
         # A padding row is not even its own ancestor.

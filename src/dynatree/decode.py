@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dynatree.accept import accept_greedy, ranks_and_children
+from dynatree import gpu
+from dynatree.accept import Accepted, accept_greedy, ranks_and_children
 from dynatree.clock import PhaseClock, median_seconds
 from dynatree.controller import Controller, CostModel, measured_once
 from dynatree.drafting import Drafter
@@ -152,6 +153,7 @@ class Decoder:
         self._chosen = self._choices
         self._counted = torch.arange(1, slots + 1, device=device)
         self._report = Report(longest, device, gathered=self.runtime.static)
+        self._kernels = gpu.kernels(device) if self.runtime.static else None
         self._streams = 0
         self._prepared = False
         self._observer: Observer | None = None
@@ -546,7 +548,7 @@ class Decoder:
         self.runtime.run(("commit", rows), lambda: self._commit_phase(rows))
 
     def _commit_phase(self, rows: int) -> None:
-        tree, position, static = self._tree, self._position, self.runtime.static
+        tree, static = self._tree, self.runtime.static
         choices = self._choices[:rows] if static else self._chosen
         accepted = accept_greedy(tree, choices, self._longest, static)
         path, drafter = accepted.path, self._drafter
@@ -556,20 +558,44 @@ class Decoder:
         moves = self.strategy.max_children > 1 or self.strategy.ngram_tokens > 0
         if moves and not static and drafter is not None:
             moves = not drafter.is_chain(path)
-        if drafter is not None and moves and rows > 1:
+        moves = moves and rows > 1
+        entries = self._advance(accepted, tree, moves)
+        if drafter is None:
+            return
+        if moves:
+            sources, drafted, destinations = entries
+            self._target.cache.gather(sources, destinations)
+            drafter.runner.cache.gather(drafted, destinations)
+        drafter.learn(accepted.count, tree)
+        if len(self.strategy.rules) > 1:
+            self._report.ranked(*ranks_and_children(tree, path, rows))
+        if self.strategy.ngram_tokens > 0:
+            self._report.grafted(*drafter.grafted(path, accepted.count, rows))
+
+    def _advance(self, accepted: Accepted, tree: DraftTree, moves: bool) -> tuple[Tensor, ...]:
+        """What is accepted joins the history, and the position moves on.
+
+        Returns:
+            If `moves`, int64 [m] each: the slots of the path's entries in the target's cache and in
+            the draft's, and those that they belong in.
+        """
+        position, history, drafter = self._position, self._history, self._drafter
+        path, tokens, count = accepted.path, accepted.tokens, accepted.count
+        if self._kernels is not None:
+            origins = tree.indices if drafter is None else drafter.origins
+            noted = self._report.span("tokens"), self._report.span("count")
+            found: tuple[Tensor, ...] = self._kernels.commit(
+                path, tokens, count, origins, history, position, noted
+            )
+            return found
+        entries: tuple[Tensor, ...] = ()
+        if moves and drafter is not None:
             destinations = tree.indices[: len(path)] + position
-            self._target.cache.gather(path + position, destinations)
-            drafter.keep(path, position, destinations)
-        if drafter is not None:
-            drafter.learn(accepted.count, tree)
-            if len(self.strategy.rules) > 1:
-                self._report.ranked(*ranks_and_children(tree, path, rows))
-            if self.strategy.ngram_tokens > 0:
-                self._report.grafted(*drafter.grafted(path, accepted.count, rows))
-        places = tree.indices[1 : len(path) + 1] + position
-        self._history.index_copy_(0, places, accepted.tokens)
-        position += accepted.count
-        self._report.committed(accepted.tokens, accepted.count)
+            entries = path + position, drafter.origins_of(path) + position, destinations
+        history.index_copy_(0, tree.indices[1 : len(path) + 1] + position, tokens)
+        position += count
+        self._report.committed(tokens, count)
+        return entries
 
 
 def generate(

@@ -1,9 +1,8 @@
 """Growing one draft tree per round with the draft model, one batched forward per level."""
 
-import itertools
 import math
 import operator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -44,8 +43,8 @@ class Drafter:
         self._trim = not runtime.static
         # Of a dozen small operations per level, and as many per tree, one per level remains.
         self._fuses = self._trim and sampler is None and kernel.serves(runner.device)
-        # The same where shapes are static, for a rule that leaves no choice of nodes.
-        self._kernels = gpu.kernels(runner.device) if runtime.static and sampler is None else None
+        # Nodes of the last level that live; where one is in place, they are its first.
+        self._living = torch.ones(1, dtype=torch.int32, device=runner.device)
         self._visible = runtime.visible
         self._varies = strategy.varies
         self._rules = [_Rule(rule, runner) for rule in strategy.rules]
@@ -53,6 +52,11 @@ class Drafter:
         self._initial = torch.tensor(strategy.initial_state, device=runner.device)
         self._state = self._initial.clone()
         grown, kept = 1 + strategy.max_drafted, 1 + strategy.max_nodes
+        # The same where shapes are static, if a program can look through as many nodes.
+        self._kernels = gpu.kernels(runner.device) if runtime.static and sampler is None else None
+        most = max(grown, *(len(rule.parents) for rule in self._rules))
+        if self._kernels is not None and most > self._kernels.MOST_NODES:
+            self._kernels = None
         self._grown = DraftTree(grown, runner.device)
         # Dead nodes and nodes over the budget are left out before the target reads the tree.
         self._selects = grown > kept or (runtime.static and strategy.varies)
@@ -154,7 +158,8 @@ class Drafter:
                 tokens, places = tokens.index_select(0, chosen), places.index_select(0, chosen)
             seen = columns[: self._seen(first + tree.size, visible)]
             mask = level.attention_mask(seen, chosen)
-            logits = runner.forward(tokens, positions[depth][:count], places, mask)
+            living = self._counted_of(count)
+            logits = runner.forward(tokens, positions[depth][:count], places, mask, living)
             self.forwards += 1
         tree.join()
         if self._grafts:
@@ -226,19 +231,23 @@ class Drafter:
                 tree.tensors,
             )
             return tree.placed(count) if count > 0 else None
-        if self._kernels is not None and rule.whole and self.observer is None:
-            values, tokens = most_probable(logits, rule.children)
-            self._kernels.grow(
+        kernels = self._in_place()
+        if kernels is not None:
+            values, tokens = most_probable(logits, rule.children, self._counted_of(len(logits)))
+            width = min(width, values.numel())
+            kernels.grow(
                 values,
                 tokens,
                 parent_log_probs,
                 tree.level.start,
                 tree.size,
                 rule.lowest,
+                width,
                 tree.tensors,
+                self._living,
             )
-            return tree.placed(values.numel())
-        nodes, tokens, log_probs = self._living(chosen, parent_log_probs, logits, width, depth)
+            return tree.placed(width)
+        nodes, tokens, log_probs = self._staying(chosen, parent_log_probs, logits, width, depth)
         if len(nodes) == 0:
             return None
         parents = nodes
@@ -250,7 +259,18 @@ class Drafter:
             parents = chosen.index_select(0, parents)
         return tree.extend(parents, tokens, log_probs)
 
-    def _living(
+    def _in_place(self) -> Any:
+        """The kernels, where they write a level in its place: its living nodes first."""
+        return self._kernels if self._rule.ordered and self.observer is None else None
+
+    def _counted_of(self, rows: int) -> Tensor | None:
+        """How many of a level's `rows` live, where that is known and spares the draft something."""
+        kernels = self._in_place()
+        if kernels is None or not self.runner.counts or rows <= kernels.TILE_ROWS:
+            return None
+        return self._living
+
+    def _staying(
         self,
         chosen: Tensor | None,
         parent_log_probs: Tensor,
@@ -372,10 +392,9 @@ class Drafter:
         last = len(path) - 1
         return int(path[-1]) == last and (self._whole or int(self._origins[last]) == last)
 
-    def keep(self, path: Tensor, position: Tensor, destinations: Tensor) -> None:
-        """Moves the KV entries of the nodes `path` [m] of the verified tree to `destinations`."""
-        nodes = path if self._whole else self._origins.index_select(0, path)
-        self.runner.cache.gather(nodes + position, destinations)
+    def origins_of(self, path: Tensor) -> Tensor:
+        """The `origins` of the rows `path` [m] of the verified tree."""
+        return path if self._whole else self._origins.index_select(0, path)
 
 
 class _Rule:
@@ -391,7 +410,7 @@ class _Rule:
         lowest: the lowest log-probability that stays.
         least: [] float32, the same; None where there is no threshold.
         plain: whether nothing but threshold and budget decides which children stay.
-        whole: whether every continuation of every node has its place in the tree.
+        ordered: whether, besides, all nodes of a level are expanded.
         most: nodes that one verification may hold, the root included.
     """
 
@@ -412,10 +431,4 @@ class _Rule:
             self.least = torch.tensor(self.lowest, device=runner.device)
         self.plain = type(strategy).keeps is StrategyBase.keeps
         self.most = 1 + strategy.max_nodes
-        sizes = [1, *itertools.accumulate([self.children] * len(self.widths), operator.mul)]
-        self.whole = (
-            self.plain
-            and all(map(operator.le, sizes[1:], self.widths))
-            and all(map(operator.le, sizes[1:-1], self.limits))
-            and sum(sizes) <= self.most
-        )
+        self.ordered = self.plain and all(map(operator.le, self.widths[:-1], self.limits))

@@ -87,38 +87,37 @@ class Forward:
         position_ids: Tensor,
         attention_mask: Tensor,
         past_key_values: SlotCache,
+        living: Tensor | None = None,
     ) -> Tensor:
-        """Logits [1, n, vocabulary]; arguments as `runtime.forward`, whose mask is of booleans."""
+        """Logits [1, n, vocabulary]; arguments as `runtime.forward`, whose mask is of booleans.
+
+        Args:
+            living: int32 [1], how many of the first tokens are wanted: nothing of the others is
+                stored, and their logits are arbitrary. None for all.
+        """
         kernels, base, workspace = self._kernels, self._model.gpt_neox, self._workspace
-        masks = kernels.divide_mask(attention_mask[0, 0], past_key_values.slots)
+        slots = past_key_values.slots
+        around = kernels.surroundings(
+            attention_mask[0, 0], slots, position_ids[0], self._tables, living
+        )
         hidden = kernels.select_rows(base.embed_in.weight, input_ids[0])
-        few = len(hidden) <= kernels.MOST_ROWS
+        few = len(hidden) <= kernels.MOST_ROWS or living is not None
         for layer, (keys, values) in zip(base.layers, past_key_values.parts, strict=True):
             attention, mlp = layer.attention, layer.mlp
             norms = [layer.input_layernorm, layer.post_attention_layernorm]
             if few:
                 states, active = kernels.enter(
-                    hidden, norms, [attention.query_key_value, mlp.dense_h_to_4h]
+                    hidden, norms, [attention.query_key_value, mlp.dense_h_to_4h], living
                 )
             else:
                 states = attention.query_key_value(norms[0](hidden))
                 active = F.gelu(mlp.dense_h_to_4h(norms[1](hidden)))
-            attended = kernels.attend(
-                states,
-                self._tables,
-                position_ids[0],
-                past_key_values.slots,
-                masks,
-                keys,
-                values,
-                workspace,
-            )
+            attended = kernels.attend(states, slots, around, keys, values, workspace, living)
             if few:
-                hidden = kernels.leave(
-                    hidden, attended, active, [attention.dense, mlp.dense_4h_to_h], workspace
-                )
+                linears = [attention.dense, mlp.dense_4h_to_h]
+                hidden = kernels.leave(hidden, attended, active, linears, workspace, living)
             else:
                 hidden = mlp.dense_4h_to_h(active) + attention.dense(attended) + hidden
-        (hidden,) = kernels.norm(hidden, [base.final_layer_norm])
+        (hidden,) = kernels.norm(hidden, [base.final_layer_norm], living)
         logits: Tensor = self._model.get_output_embeddings()(hidden)
         return logits[None]

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dynatree import gpu
 from dynatree.errors import DecodeError
 from dynatree.tree import DraftTree
 
@@ -104,15 +105,20 @@ class Report:
         self._host = torch.zeros_like(self._values, device="cpu", pin_memory=cuda)
         self._copied = torch.cuda.Event() if cuda else None
         self._sent = False
+        self._kernels = gpu.kernels(device) if gathered else None
 
     def _note(self, name: str, values: Tensor | int) -> None:
         """Notes `values` [] or [m], m at most what there is room for."""
         if not self._gathered:
             self._noted[name] = values
         elif isinstance(values, int):
-            self._values[self._spans[name]].fill_(values)
+            self.span(name).fill_(values)
         else:
-            self._values[self._spans[name]][: values.numel()] = values
+            self.span(name)[: values.numel()] = values
+
+    def span(self, name: str) -> Tensor:
+        """Where to write what is gathered under `name`."""
+        return self._values[self._spans[name]]
 
     def committed(self, tokens: Tensor, count: Tensor | int) -> None:
         """Notes that the first `count` (as [1], or a number) of `tokens` [m] were committed."""
@@ -131,12 +137,19 @@ class Report:
 
     def chosen(self, best: Tensor) -> None:
         """Notes whether the target's largest logits `best` [n] hold a NaN."""
+        if self._kernels is not None:
+            self._kernels.any_nan(best, self.span("target"))
+            return
         self._note("target", best.isnan().any() if self._gathered else best)
 
     def grown(self, tree: DraftTree) -> None:
         """Notes the shape of the tree to verify, and whether the draft gave it a NaN."""
         rows = tree.first(tree.size)
         log_probs = rows.log_probs
+        if self._kernels is not None:
+            told = (self.span(name) for name in ("draft", "nodes", "depth"))
+            self._kernels.survey(log_probs, rows.depths, *told)
+            return
         self._note("draft", log_probs.isnan().any() if self._gathered else log_probs)
         living = (rows.drafted_log_probs != -math.inf).sum() if self._gathered else tree.size - 1
         self._note("nodes", living)

@@ -6,6 +6,7 @@ from transformers import PreTrainedModel
 
 from dynatree.cache import SlotCache
 from dynatree.errors import DecodeError
+from dynatree.fused import Forward
 from dynatree.packing import packed
 from dynatree.runtime import Runtime
 
@@ -44,6 +45,8 @@ class ModelRunner:
         self.cache = SlotCache(text_config.num_hidden_layers, capacity)
         self._model = packed(model)
         self._call = runtime.callable(self._model)
+        # Whether a forward can be spared the tokens that only fill a static shape.
+        self.counts = isinstance(self._call, Forward)
         # The eager implementation adds its mask to the scores. SDPA takes booleans too, but on a
         # CPU turns them into numbers in every layer anew.
         used = self._model.config.get_text_config()._attn_implementation
@@ -51,7 +54,8 @@ class ModelRunner:
         self._shown = torch.zeros((), dtype=self.dtype, device=self.device)
         self._hidden = torch.full_like(self._shown, torch.finfo(self.dtype).min)
         # Padding rows may stand beyond the context, where there is no embedding to look up.
-        self._last = self.context - 1 if self.context is not None and runtime.static else None
+        pads = runtime.static and not self.counts
+        self._last = self.context - 1 if self.context is not None and pads else None
 
     def prefill(self, tokens: Tensor) -> Tensor:
         """Reads `tokens` [n] into the emptied cache.
@@ -81,11 +85,14 @@ class ModelRunner:
         positions: Tensor,
         slots: Tensor,
         mask: Tensor,
+        living: Tensor | None = None,
     ) -> Tensor:
         """One forward over `tokens` [n] at `positions` [n], stored in `slots` [n].
 
         Args:
             mask: bool [n, visible]: which of the first `visible` slots each token attends to.
+            living: int32 [1], how many of the first tokens are wanted, where the runner `counts`;
+                of the others nothing is stored, and the logits are arbitrary.
 
         Returns:
             Logits [n, vocabulary] in the model's dtype.
@@ -99,10 +106,12 @@ class ModelRunner:
             mask = torch.where(mask, self._shown, self._hidden)
         if self._last is not None:
             positions = positions.clamp(max=self._last)
+        inputs = {"living": living} if living is not None else {}
         logits = self._call(
             input_ids=tokens[None],
             position_ids=positions[None],
             attention_mask=mask,
             past_key_values=self.cache,
+            **inputs,
         )
         return logits[0]

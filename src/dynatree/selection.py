@@ -17,15 +17,20 @@ def largest(logits: Tensor) -> tuple[Tensor, Tensor]:
     return best, tokens
 
 
-def most_probable(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def most_probable(
+    logits: Tensor, count: int, living: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The `count` most probable tokens of each row of `logits` [n, vocabulary].
+
+    Args:
+        living: int32 [1], how many of the rows are wanted; None for all.
 
     Returns:
         float32 [n, count], their log-probabilities, falling; int64 [n, count].
     """
     kernels = gpu.kernels(logits.device)
     if kernels is not None and count <= kernels.MOST_BEST and logits.dtype != torch.float64:
-        log_probs, tokens = kernels.best(logits, count, gpu.workspace(logits.device), True)
+        log_probs, tokens = kernels.best(logits, count, gpu.workspace(logits.device), True, living)
         return log_probs, tokens
     log_probs, tokens = torch.log_softmax(logits, dim=-1, dtype=torch.float32).topk(count, dim=-1)
     return log_probs, tokens

@@ -224,9 +224,10 @@ class DraftTree:
             ones, the rest is `grown.capacity`, and dead here too.
         """
         kernels = gpu.kernels(self.tokens.device)
-        if kernels is not None and count >= grown.size:
-            found: Tensor = kernels.compact(grown.tensors, grown.size, self.tensors)
-            self.size, self.deepest = grown.size, None
+        if kernels is not None and grown.size <= kernels.MOST_NODES:
+            size = min(count, grown.size)
+            found: Tensor = kernels.compact(grown.tensors, grown.size, size, self.tensors)
+            self.size, self.deepest = size, None
             return found
         log_probs, nodes = grown.log_probs[: grown.size], grown.indices[: grown.size]
         if count < grown.size:

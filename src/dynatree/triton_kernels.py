@@ -37,10 +37,12 @@ def norm(
     shift_2,
     out_1,
     out_2,
+    living,
     eps,
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
     TWICE: tl.constexpr,
+    COUNTED: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """A row, normalised with one or two gains and shifts."""
@@ -48,6 +50,9 @@ def norm(
     at = tl.arange(0, PADDED)
     inside = at < WIDTH
     _wait(EARLY)
+    if COUNTED:
+        if row >= tl.load(living):
+            return
     states = tl.load(hidden + row * WIDTH + at, mask=inside, other=0.0).to(tl.float32)
     states = tl.where(inside, states - tl.sum(states, 0) / WIDTH, 0.0)
     states *= 1.0 / tl.sqrt(tl.sum(states * states, 0) / WIDTH + eps)
@@ -220,6 +225,7 @@ def _enter_rows_by(
     weight,
     bias,
     out,
+    living,
     rows,
     start,
     total,
@@ -230,26 +236,27 @@ def _enter_rows_by(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     GELU: tl.constexpr,
+    COUNTED: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    sums = _rows_by(
-        states,
-        weight,
-        rows,
-        start,
-        0,
-        WIDTH,
-        WIDTH,
-        ROWS,
-        OUTPUTS,
-        STEP,
-        STAGES,
-        PRECISION,
-        EARLY,
-    )
     n = start + tl.arange(0, OUTPUTS)
     m = tl.arange(0, ROWS)
-    _store_rows(out, sums, tl.load(bias + n).to(tl.float32), n, m, rows, total, GELU)
+    added = tl.load(bias + n).to(tl.float32)
+    if COUNTED:
+        _wait(EARLY)
+        count = tl.load(living)
+        for first in tl.range(0, count, ROWS, num_stages=1):
+            sums = _rows_by(
+                states + first * WIDTH, weight, count - first, start, 0, WIDTH,
+                WIDTH, ROWS, OUTPUTS, STEP, STAGES, PRECISION, False,
+            )  # fmt: skip
+            _store_rows(out + first * total, sums, added, n, m, count - first, total, GELU)
+    else:
+        sums = _rows_by(
+            states, weight, rows, start, 0, WIDTH,
+            WIDTH, ROWS, OUTPUTS, STEP, STAGES, PRECISION, EARLY,
+        )  # fmt: skip
+        _store_rows(out, sums, added, n, m, rows, total, GELU)
 
 
 @triton.jit
@@ -262,6 +269,7 @@ def enter_many(
     bias_2,
     out_1,
     out_2,
+    living,
     rows,
     total_1,
     total_2,
@@ -272,20 +280,45 @@ def enter_many(
     STEP: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
+    COUNTED: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """`enter_one` for several rows."""
     program = tl.program_id(0)
     if program < FIRST:
         _enter_rows_by(
-            states_1, weight_1, bias_1, out_1, rows, program * OUTPUTS, total_1,
-            WIDTH, ROWS, OUTPUTS, STEP, STAGES, PRECISION, False, EARLY,
+            states_1, weight_1, bias_1, out_1, living, rows, program * OUTPUTS, total_1,
+            WIDTH, ROWS, OUTPUTS, STEP, STAGES, PRECISION, False, COUNTED, EARLY,
         )  # fmt: skip
     else:
         _enter_rows_by(
-            states_2, weight_2, bias_2, out_2, rows, (program - FIRST) * OUTPUTS, total_2,
-            WIDTH, ROWS, OUTPUTS, STEP, STAGES, PRECISION, True, EARLY,
+            states_2, weight_2, bias_2, out_2, living, rows, (program - FIRST) * OUTPUTS, total_2,
+            WIDTH, ROWS, OUTPUTS, STEP, STAGES, PRECISION, True, COUNTED, EARLY,
         )  # fmt: skip
+
+
+@triton.jit
+def _normed_by(
+    hidden,
+    weights,
+    gains,
+    shifts,
+    rows,
+    eps,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """[outputs, ROWS], of rows that are normalised here."""
+    m = tl.arange(0, ROWS)
+    k = tl.arange(0, WIDTH)
+    inside = m[:, None] < rows
+    states = tl.load(hidden + m[:, None] * WIDTH + k[None, :], mask=inside, other=0.0)
+    states = states.to(tl.float32)
+    states -= (tl.sum(states, 1) / WIDTH)[:, None]
+    states *= (1.0 / tl.sqrt(tl.sum(states * states, 1) / WIDTH + eps))[:, None]
+    states = (states * gains[None, :] + shifts[None, :]).to(weights.dtype)
+    return tl.dot(weights, tl.trans(states), input_precision=PRECISION)
 
 
 @triton.jit
@@ -296,6 +329,7 @@ def _normed_rows_by(
     weight,
     bias,
     out,
+    living,
     rows,
     start,
     total,
@@ -305,25 +339,28 @@ def _normed_rows_by(
     OUTPUTS: tl.constexpr,
     PRECISION: tl.constexpr,
     GELU: tl.constexpr,
+    COUNTED: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     n = start + tl.arange(0, OUTPUTS)
     m = tl.arange(0, ROWS)
     k = tl.arange(0, WIDTH)
-    kind = out.dtype.element_ty
     weights = tl.load(weight + n[:, None] * WIDTH + k[None, :])
     gains = tl.load(gain + k).to(tl.float32)
     shifts = tl.load(shift + k).to(tl.float32)
     added = tl.load(bias + n).to(tl.float32)
     _wait(EARLY)
-    inside = m[:, None] < rows
-    states = tl.load(hidden + m[:, None] * WIDTH + k[None, :], mask=inside, other=0.0)
-    states = states.to(tl.float32)
-    states -= (tl.sum(states, 1) / WIDTH)[:, None]
-    states *= (1.0 / tl.sqrt(tl.sum(states * states, 1) / WIDTH + eps))[:, None]
-    states = (states * gains[None, :] + shifts[None, :]).to(kind)
-    sums = tl.dot(weights, tl.trans(states), input_precision=PRECISION)
-    _store_rows(out, sums, added, n, m, rows, total, GELU)
+    if COUNTED:
+        count = tl.load(living)
+        for first in tl.range(0, count, ROWS, num_stages=1):
+            sums = _normed_by(
+                hidden + first * WIDTH, weights, gains, shifts, count - first, eps,
+                WIDTH, ROWS, PRECISION,
+            )  # fmt: skip
+            _store_rows(out + first * total, sums, added, n, m, count - first, total, GELU)
+    else:
+        sums = _normed_by(hidden, weights, gains, shifts, rows, eps, WIDTH, ROWS, PRECISION)
+        _store_rows(out, sums, added, n, m, rows, total, GELU)
 
 
 @triton.jit
@@ -339,6 +376,7 @@ def enter_narrow(
     bias_2,
     out_1,
     out_2,
+    living,
     rows,
     total_1,
     total_2,
@@ -348,20 +386,92 @@ def enter_narrow(
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     PRECISION: tl.constexpr,
+    COUNTED: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """Normalisation and `enter_many` in one, for a width of which a program can hold all rows."""
     program = tl.program_id(0)
     if program < FIRST:
         _normed_rows_by(
-            hidden, gain_1, shift_1, weight_1, bias_1, out_1, rows, program * OUTPUTS, total_1,
-            eps, WIDTH, ROWS, OUTPUTS, PRECISION, False, EARLY,
+            hidden, gain_1, shift_1, weight_1, bias_1, out_1, living, rows, program * OUTPUTS,
+            total_1, eps, WIDTH, ROWS, OUTPUTS, PRECISION, False, COUNTED, EARLY,
         )  # fmt: skip
     else:
         _normed_rows_by(
-            hidden, gain_2, shift_2, weight_2, bias_2, out_2, rows, (program - FIRST) * OUTPUTS,
-            total_2, eps, WIDTH, ROWS, OUTPUTS, PRECISION, True, EARLY,
+            hidden, gain_2, shift_2, weight_2, bias_2, out_2, living, rows,
+            (program - FIRST) * OUTPUTS,
+            total_2, eps, WIDTH, ROWS, OUTPUTS, PRECISION, True, COUNTED, EARLY,
         )  # fmt: skip
+
+
+@triton.jit
+def _leave_part(
+    attended,
+    active,
+    weight_1,
+    weight_2,
+    parts,
+    rows,
+    start,
+    split,
+    size,
+    WIDTH: tl.constexpr,
+    INNER: tl.constexpr,
+    SPLITS: tl.constexpr,
+    ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    STEP: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """Notes one split's share of ROWS rows."""
+    n = start + tl.arange(0, OUTPUTS)
+    at = tl.arange(0, ROWS)[None, :] * WIDTH + n[:, None]
+    if split == 0:
+        sums = _rows_by(
+            attended, weight_1, rows, start, 0, WIDTH, WIDTH,
+            ROWS, OUTPUTS, STEP, STAGES, PRECISION, EARLY,
+        )  # fmt: skip
+        tl.store(parts + at, sums)
+    else:
+        sums = _rows_by(
+            active, weight_2, rows, start, (split - 1) * (INNER // SPLITS), INNER, INNER // SPLITS,
+            ROWS, OUTPUTS, STEP, STAGES, PRECISION, EARLY,
+        )  # fmt: skip
+        tl.store(parts + split * size + at, sums)
+
+
+@triton.jit
+def _leave_whole(
+    hidden,
+    bias_1,
+    bias_2,
+    out,
+    parts,
+    rows,
+    start,
+    size,
+    WIDTH: tl.constexpr,
+    SPLITS: tl.constexpr,
+    ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+):
+    """Puts the shares of ROWS rows together."""
+    n = start + tl.arange(0, OUTPUTS)
+    m = tl.arange(0, ROWS)
+    inside = (m[None, :] < rows) & (n[:, None] < WIDTH)
+    at = m[None, :] * WIDTH + n[:, None]
+    kind = out.dtype.element_ty
+    first = tl.load(parts + at, cache_modifier=".cg")
+    second = tl.zeros((OUTPUTS, ROWS), tl.float32)
+    for part in tl.static_range(1, SPLITS + 1):
+        second += tl.load(parts + part * size + at, cache_modifier=".cg")
+    first += tl.load(bias_1 + n).to(tl.float32)[:, None]
+    second += tl.load(bias_2 + n).to(tl.float32)[:, None]
+    both = second.to(kind).to(tl.float32) + first.to(kind).to(tl.float32)
+    before = tl.load(hidden + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + at, (both.to(kind).to(tl.float32) + before).to(kind), mask=inside)
 
 
 @triton.jit
@@ -376,62 +486,117 @@ def leave_many(
     out,
     parts,
     finished,
+    living,
     rows,
     WIDTH: tl.constexpr,
     INNER: tl.constexpr,
     SPLITS: tl.constexpr,
+    HELD: tl.constexpr,
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     STEP: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
+    COUNTED: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """`leave_one` for several rows; the second product is split among SPLITS programs."""
+    """`leave_one` for up to HELD rows; the second product is split among SPLITS programs."""
     tile = tl.program_id(0)
     split = tl.program_id(1)
     start = tile * OUTPUTS
-    n = start + tl.arange(0, OUTPUTS)
-    m = tl.arange(0, ROWS)
-    inside = (m[None, :] < rows) & (n[:, None] < WIDTH)
-    at = m[None, :] * WIDTH + n[:, None]
-    size = ROWS * WIDTH
-    if split == 0:
-        sums = _rows_by(
-            attended,
-            weight_1,
-            rows,
-            start,
-            0,
-            WIDTH,
-            WIDTH,
-            ROWS,
-            OUTPUTS,
-            STEP,
-            STAGES,
-            PRECISION,
-            EARLY,
-        )
-        tl.store(parts + at, sums)
+    size = HELD * WIDTH
+    if COUNTED:
+        _wait(EARLY)
+        count = tl.load(living)
+        for first in tl.range(0, count, ROWS, num_stages=1):
+            _leave_part(
+                attended + first * WIDTH, active + first * INNER, weight_1, weight_2,
+                parts + first * WIDTH, count - first, start, split, size,
+                WIDTH, INNER, SPLITS, ROWS, OUTPUTS, STEP, STAGES, PRECISION, False,
+            )  # fmt: skip
     else:
-        sums = _rows_by(
-            active, weight_2, rows, start, (split - 1) * (INNER // SPLITS), INNER, INNER // SPLITS,
-            ROWS, OUTPUTS, STEP, STAGES, PRECISION, EARLY,
+        _leave_part(
+            attended, active, weight_1, weight_2, parts, rows, start, split, size,
+            WIDTH, INNER, SPLITS, ROWS, OUTPUTS, STEP, STAGES, PRECISION, EARLY,
         )  # fmt: skip
-        tl.store(parts + split * size + at, sums)
     # All threads have stored before one of them says so.
     tl.debug_barrier()
     if tl.atomic_add(finished + tile, 1, sem="acq_rel") == SPLITS:
-        kind = out.dtype.element_ty
-        first = tl.load(parts + at, cache_modifier=".cg")
-        second = tl.zeros((OUTPUTS, ROWS), tl.float32)
-        for part in tl.static_range(1, SPLITS + 1):
-            second += tl.load(parts + part * size + at, cache_modifier=".cg")
-        first += tl.load(bias_1 + n).to(tl.float32)[:, None]
-        second += tl.load(bias_2 + n).to(tl.float32)[:, None]
-        both = second.to(kind).to(tl.float32) + first.to(kind).to(tl.float32)
-        before = tl.load(hidden + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(out + at, (both.to(kind).to(tl.float32) + before).to(kind), mask=inside)
+        if COUNTED:
+            count = tl.load(living)
+            for first in tl.range(0, count, ROWS, num_stages=1):
+                at = first * WIDTH
+                _leave_whole(
+                    hidden + at, bias_1, bias_2, out + at, parts + at, count - first, start, size,
+                    WIDTH, SPLITS, ROWS, OUTPUTS,
+                )  # fmt: skip
+        else:
+            _leave_whole(
+                hidden, bias_1, bias_2, out, parts, rows, start, size,
+                WIDTH, SPLITS, ROWS, OUTPUTS,
+            )  # fmt: skip
+        tl.store(finished + tile, 0)
+
+
+@triton.jit
+def leave_narrow(
+    hidden,
+    attended,
+    active,
+    weight_1,
+    bias_1,
+    weight_2,
+    bias_2,
+    out,
+    parts,
+    finished,
+    living,
+    rows,
+    WIDTH: tl.constexpr,
+    INNER: tl.constexpr,
+    SPLITS: tl.constexpr,
+    HELD: tl.constexpr,
+    ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    COUNTED: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """`leave_many` for a width of which a program can hold all rows: what does not depend on the
+    kernel before is on its way when that ends."""
+    tile = tl.program_id(0)
+    split = tl.program_id(1)
+    n = tile * OUTPUTS + tl.arange(0, OUTPUTS)
+    m = tl.arange(0, ROWS)
+    k = tl.arange(0, WIDTH)
+    size = HELD * WIDTH
+    if split == 0:
+        weights = tl.load(weight_1 + n[:, None] * WIDTH + k[None, :])
+    else:
+        weights = tl.load(weight_2 + n[:, None] * INNER + (split - 1) * WIDTH + k[None, :])
+    number = rows
+    if COUNTED:
+        number = tl.load(living)
+    _wait(EARLY)
+    for first in tl.range(0, number, ROWS, num_stages=1):
+        inside = (first + m)[:, None] < number
+        row = (first + m)[:, None]
+        if split == 0:
+            states = tl.load(attended + row * WIDTH + k[None, :], mask=inside, other=0.0)
+        else:
+            at = row * INNER + (split - 1) * WIDTH + k[None, :]
+            states = tl.load(active + at, mask=inside, other=0.0)
+        sums = tl.dot(weights, tl.trans(states), input_precision=PRECISION)
+        tl.store(parts + split * size + (first + m)[None, :] * WIDTH + n[:, None], sums)
+    # All threads have stored before one of them says so.
+    tl.debug_barrier()
+    if tl.atomic_add(finished + tile, 1, sem="acq_rel") == SPLITS:
+        for first in tl.range(0, number, ROWS, num_stages=1):
+            at = first * WIDTH
+            _leave_whole(
+                hidden + at, bias_1, bias_2, out + at, parts + at, number - first, tile * OUTPUTS,
+                size, WIDTH, SPLITS, ROWS, OUTPUTS,
+            )  # fmt: skip
         tl.store(finished + tile, 0)
 
 
@@ -440,7 +605,6 @@ def _rotated(
     states,
     cosines,
     sines,
-    positions,
     rows,
     inside,
     stride,
@@ -448,7 +612,7 @@ def _rotated(
     PADDED: tl.constexpr,
     ROTARY: tl.constexpr,
 ):
-    """Rows of queries or keys at their rotary positions, as [n, PADDED]."""
+    """Rows of queries or keys, turned by their angles, as [n, PADDED]."""
     d = tl.arange(0, PADDED)
     kind = states.dtype.element_ty
     at = rows[:, None] * stride
@@ -459,7 +623,7 @@ def _rotated(
     sign = tl.where(d < half, -1.0, 1.0)
     own = tl.load(states + at + d[None, :], mask=held, other=0.0).to(tl.float32)
     partner = tl.load(states + at + other[None, :], mask=turned, other=0.0).to(tl.float32)
-    angle = tl.load(positions + rows, mask=inside, other=0)[:, None] * ROTARY + d[None, :]
+    angle = rows[:, None] * ROTARY + d[None, :]
     cosine = tl.load(cosines + angle, mask=turned, other=1.0).to(tl.float32)
     sine = tl.load(sines + angle, mask=turned, other=0.0).to(tl.float32)
     straight = (own * cosine).to(kind).to(tl.float32)
@@ -510,24 +674,43 @@ def _shown(keys, values, old, begin, s, m, d, inside, held, visible, SIZE: tl.co
 
 
 @triton.jit
-def divide_mask(
+def surroundings(
     mask,
     slots,
+    positions,
+    all_cosines,
+    all_sines,
     old,
     new,
     common,
     used,
+    cosines,
+    sines,
+    living,
     rows,
     visible,
+    last,
+    ROTARY: tl.constexpr,
+    TURNED: tl.constexpr,
     PADDED: tl.constexpr,
+    COUNTED: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """A row of a mask without the `slots` [rows], and what it says of these; how many slots it
-    shows before the first that it hides, and before all that come after the last."""
+    shows before the first that it hides, and before all that come after the last; its angles."""
     row = tl.program_id(0)
     j = tl.arange(0, PADDED)
     inside = j < rows
     _wait(EARLY)
+    if COUNTED:
+        if row >= tl.load(living):
+            return
+    d = tl.arange(0, TURNED)
+    angle = tl.minimum(tl.load(positions + row), last) * ROTARY + d
+    cosine = tl.load(all_cosines + angle, mask=d < ROTARY, other=0.0)
+    sine = tl.load(all_sines + angle, mask=d < ROTARY, other=0.0)
+    tl.store(cosines + row * ROTARY + d, cosine, mask=d < ROTARY)
+    tl.store(sines + row * ROTARY + d, sine, mask=d < ROTARY)
     slot = tl.load(slots + j, mask=inside, other=0)
     shown = tl.load(mask + row * visible + slot, mask=inside, other=0)
     tl.store(new + row * rows + j, shown, mask=inside)
@@ -554,14 +737,13 @@ def divide_mask(
 @triton.jit
 def attend(
     states,
-    cosines,
-    sines,
-    positions,
     slots,
     old,
     new,
     common,
     used,
+    cosines,
+    sines,
     keys,
     values,
     out,
@@ -569,6 +751,7 @@ def attend(
     peaks,
     totals,
     finished,
+    living,
     rows,
     visible,
     stride,
@@ -582,13 +765,16 @@ def attend(
     CHUNKS: tl.constexpr,
     SPLITS: tl.constexpr,
     ONE: tl.constexpr,
+    BLOCKS: tl.constexpr,
     PRECISION: tl.constexpr,
+    COUNTED: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """One head's queries of ROWS rows against CHUNKS * SLOTS slots, or against the new tokens.
 
     The last split is that of the new tokens, which come from `states` and are stored in the cache
-    beside; the mask of the others hides the slots where they are being stored.
+    beside; the mask of the others hides the slots where they are being stored. What is the same
+    for all layers is loaded before the kernel waits for the last one: it was there before that.
     """
     head = tl.program_id(0)
     split = tl.program_id(1)
@@ -596,8 +782,14 @@ def attend(
     splits = tl.num_programs(1)
     kind = out.dtype.element_ty
     width: tl.constexpr = HEADS * SIZE
+    number = rows
+    if COUNTED:
+        number = tl.load(living)
+        if block * ROWS >= number:
+            _wait(EARLY)
+            return
     m = block * ROWS + tl.arange(0, ROWS)
-    inside = m < rows
+    inside = m < number
     d = tl.arange(0, PADDED)
     held = d < SIZE
     own = states + head * 3 * SIZE
@@ -606,38 +798,25 @@ def attend(
     sums = tl.zeros((ROWS, PADDED), tl.float32)
     if split < splits - 1:
         if CHUNKS == 1:
+            s = split * SLOTS + tl.arange(0, SLOTS)
             key, value, seen = _shown(
-                keys,
-                values,
-                old,
-                head * stride,
-                split * SLOTS + tl.arange(0, SLOTS),
-                m,
-                d,
-                inside,
-                held,
-                visible,
-                SIZE,
+                keys, values, old, head * stride, s, m, d, inside, held, visible, SIZE
             )
             _wait(EARLY)
-            queries = _rotated(
-                own, cosines, sines, positions, m, inside, 3 * width, SIZE, PADDED, ROTARY
-            )
+            queries = _rotated(own, cosines, sines, m, inside, 3 * width, SIZE, PADDED, ROTARY)
             peak, total, sums = _against(
                 queries, key, value, seen, scale, peak, total, sums, True, PRECISION
             )
         else:
-            _wait(EARLY)
-            queries = _rotated(
-                own, cosines, sines, positions, m, inside, 3 * width, SIZE, PADDED, ROTARY
-            )
             # Most slots hold what all rows are shown: nothing is asked there.
             lowest = tl.min(tl.load(common + m, mask=inside, other=visible), 0)
-            last = tl.max(tl.load(used + m, mask=inside, other=0), 0)
+            most = tl.max(tl.load(used + m, mask=inside, other=0), 0)
             begin = split * CHUNKS * SLOTS
-            end = tl.minimum(begin + CHUNKS * SLOTS, last)
+            end = tl.minimum(begin + CHUNKS * SLOTS, most)
             whole = tl.maximum(tl.minimum(lowest, end) - begin, 0) // SLOTS
             i = tl.arange(0, SLOTS)
+            _wait(EARLY)
+            queries = _rotated(own, cosines, sines, m, inside, 3 * width, SIZE, PADDED, ROTARY)
             for chunk in tl.range(0, whole, num_stages=3):
                 at = head * stride + (begin + chunk * SLOTS + i) * SIZE
                 key = tl.load(keys + at[None, :] + d[:, None], mask=held[:, None], other=0.0)
@@ -653,30 +832,38 @@ def attend(
                     queries, key, value, seen, scale, peak, total, sums, True, PRECISION
                 )
     else:
+        both = inside[:, None] & held[None, :]
+        slot = tl.load(slots + m, mask=inside, other=0)
+        fresh = inside[:, None] & inside[None, :]
+        fresh = tl.load(new + m[:, None] * rows + m[None, :], mask=fresh, other=0) != 0
         _wait(EARLY)
-        queries = _rotated(
-            own, cosines, sines, positions, m, inside, 3 * width, SIZE, PADDED, ROTARY
+        new_value = tl.load(
+            own + 2 * SIZE + m[:, None] * 3 * width + d[None, :], mask=both, other=0.0
         )
-        for first in range(0, rows, ROWS):
-            j = first + tl.arange(0, ROWS)
-            there = j < rows
-            slot = tl.load(slots + j, mask=there, other=0)
-            both = there[:, None] & held[None, :]
-            key = _rotated(
-                own + SIZE, cosines, sines, positions, j, there, 3 * width, SIZE, PADDED, ROTARY
-            )
-            value = tl.load(
-                own + 2 * SIZE + j[:, None] * 3 * width + d[None, :], mask=both, other=0.0
-            )
-            if first == block * ROWS:
-                at = head * stride + slot[:, None] * SIZE + d[None, :]
-                tl.store(keys + at, key, mask=both)
-                tl.store(values + at, value, mask=both)
-            seen = inside[:, None] & there[None, :]
-            seen = tl.load(new + m[:, None] * rows + j[None, :], mask=seen, other=0) != 0
-            peak, total, sums = _against(
-                queries, tl.trans(key), value, seen, scale, peak, total, sums, True, PRECISION
-            )
+        new_key = _rotated(own + SIZE, cosines, sines, m, inside, 3 * width, SIZE, PADDED, ROTARY)
+        queries = _rotated(own, cosines, sines, m, inside, 3 * width, SIZE, PADDED, ROTARY)
+        place = head * stride + slot[:, None] * SIZE + d[None, :]
+        tl.store(keys + place, new_key, mask=both)
+        tl.store(values + place, new_value, mask=both)
+        peak, total, sums = _against(
+            queries, tl.trans(new_key), new_value, fresh, scale, peak, total, sums, True, PRECISION
+        )
+        if BLOCKS:
+            for first in tl.range(0, number, ROWS, num_stages=1):
+                if first != block * ROWS:
+                    j = first + tl.arange(0, ROWS)
+                    there = j < number
+                    more = own + 2 * SIZE + j[:, None] * 3 * width + d[None, :]
+                    other_value = tl.load(more, mask=there[:, None] & held[None, :], other=0.0)
+                    other_key = _rotated(
+                        own + SIZE, cosines, sines, j, there, 3 * width, SIZE, PADDED, ROTARY
+                    )
+                    shown = inside[:, None] & there[None, :]
+                    shown = tl.load(new + m[:, None] * rows + j[None, :], mask=shown, other=0) != 0
+                    peak, total, sums = _against(
+                        queries, tl.trans(other_key), other_value, shown, scale, peak, total, sums,
+                        True, PRECISION,
+                    )  # fmt: skip
     group = head * tl.num_programs(2) + block
     i = tl.arange(0, ROWS)
     note = (group * splits + split) * ROWS + i
@@ -747,6 +934,27 @@ def select_columns(table, indices, out, count, stride, PART: tl.constexpr, EARLY
 
 
 @triton.jit
+def _most_probable(log_probs, held, most, count):
+    """Which of the `count` numbers that are `held` are the `most` largest, all if there are no
+    more; the first ones where they are equal. What is not a number is the largest of all."""
+    chosen = held
+    if count > most:
+        # None is above 0, and numbers of one sign are ordered as their bits are.
+        key = tl.abs(log_probs).to(tl.int32, bitcast=True)
+        key = tl.where(log_probs != log_probs, 0, key + 1)
+        key = tl.where(held, key, 0x7FFFFFFF)
+        bound = 0
+        for bit in tl.static_range(30, -1, -1):
+            higher = bound | (1 << bit)
+            bound = tl.where(tl.sum((key < higher).to(tl.int32), 0) < most, higher, bound)
+        below = key < bound
+        even = key == bound
+        free = most - tl.sum(below.to(tl.int32), 0)
+        chosen = below | (even & (tl.cumsum(even.to(tl.int32), 0) <= free))
+    return chosen
+
+
+@triton.jit
 def grow(
     values,
     best,
@@ -756,27 +964,46 @@ def grow(
     depths,
     log_probs,
     attends,
+    living,
     first,
     size,
     least,
     columns,
+    total,
+    width,
     CHILDREN: tl.constexpr,
+    TOTAL: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """A node of the next level."""
+    """A candidate for the next level, in its place there: behind all living ones if it is dead."""
     index = tl.program_id(0)
-    parent = first + index // CHILDREN
-    row = size + index
-    log_prob = tl.load(values + index) + tl.load(parent_log_probs + index // CHILDREN)
-    # What is not a number is not less.
-    tl.store(log_probs + row, tl.where(log_prob < least, float("-inf"), log_prob))
-    tl.store(tokens + row, tl.load(best + index))
-    tl.store(parents + row, parent)
-    tl.store(depths + row, tl.load(depths + parent) + 1)
-    at = tl.arange(0, PADDED)
-    inside = at < columns
-    path = tl.load(attends + parent * columns + at, mask=inside, other=0)
-    tl.store(attends + row * columns + at, tl.where(at == 1 + row, 1, path), mask=inside)
+    number = tl.arange(0, TOTAL)
+    inside = number < total
+    nothing = float("-inf")
+    parent = tl.load(parent_log_probs + number // CHILDREN, mask=inside, other=nothing)
+    log_prob = tl.load(values + number, mask=inside, other=0.0) + parent
+    # What is not a number is not less. Of a dead parent nothing may have been computed.
+    lives = inside & (parent != nothing) & (log_prob != nothing) & ~(log_prob < least)
+    count = tl.sum(lives.to(tl.int32), 0)
+    lives = _most_probable(log_prob, lives, width, count)
+    count = tl.minimum(count, width)
+    before = tl.sum((lives & (number < index)).to(tl.int32), 0)
+    live = tl.sum((lives & (number == index)).to(tl.int32), 0) > 0
+    own = tl.sum(tl.where(lives & (number == index), log_prob, 0.0), 0)
+    place = tl.where(live, before, count + index - before)
+    if index == 0:
+        tl.store(living, count)
+    if place < width:
+        row = size + place
+        ancestor = first + index // CHILDREN
+        tl.store(log_probs + row, tl.where(live, own, nothing))
+        tl.store(tokens + row, tl.load(best + index, mask=live, other=0))
+        tl.store(parents + row, ancestor.to(tl.int64))
+        tl.store(depths + row, tl.load(depths + ancestor) + 1)
+        at = tl.arange(0, PADDED)
+        shown = at < columns
+        path = tl.load(attends + ancestor * columns + at, mask=shown, other=0)
+        tl.store(attends + row * columns + at, tl.where(at == 1 + row, 1, path), mask=shown)
 
 
 @triton.jit
@@ -793,37 +1020,136 @@ def compact(
     kept_attends,
     nodes,
     size,
+    most,
     dead,
     columns,
     kept_columns,
     PADDED: tl.constexpr,
+    KEPT: tl.constexpr,
 ):
-    """A row of a tree that holds the living nodes of another; the rest is its row `dead`."""
+    """A row of a tree that holds the most probable living nodes of another; the rest is its row
+    `dead`."""
     row = tl.program_id(0)
     index = tl.arange(0, PADDED)
     inside = index < size
-    living = tl.load(log_probs + index, mask=inside, other=float("-inf")) != float("-inf")
+    log_prob = tl.load(log_probs + index, mask=inside, other=float("-inf"))
+    living = log_prob != float("-inf")
+    count = tl.sum(living.to(tl.int32), 0)
+    living = _most_probable(log_prob, living, most, count)
+    count = tl.minimum(count, most)
     places = tl.cumsum(living.to(tl.int32), 0) - 1
-    at = tl.arange(0, PADDED)
+    at = tl.arange(0, KEPT)
     tl.store(
         kept_attends + row * kept_columns + 1 + at,
-        tl.zeros((PADDED,), tl.uint8),
+        tl.zeros((KEPT,), tl.uint8),
         mask=at < kept_columns - 1,
     )
-    if row < size:
+    if row < most:
         own = tl.sum(tl.where(living & (places == row), index, 0), 0)
-        node = tl.where(row < tl.sum(living.to(tl.int32), 0), own, dead)
+        node = tl.where(row < count, own, dead)
         tl.store(nodes + row, node.to(tl.int64))
         tl.store(kept_tokens + row, tl.load(tokens + node))
         tl.store(kept_depths + row, tl.load(depths + node))
         tl.store(kept_log_probs + row, tl.load(log_probs + node))
         parent = tl.load(parents + node)
         place = tl.sum(tl.where(index == parent, places, 0), 0)
-        tl.store(kept_parents + row, place.to(tl.int64))
+        tl.store(kept_parents + row, tl.maximum(place, 0).to(tl.int64))
         path = tl.load(attends + node * columns + 1 + index, mask=living, other=0)
         # What is stored next comes after the zeros.
         tl.debug_barrier()
         tl.store(kept_attends + row * kept_columns + 1 + places, path, mask=living)
+
+
+@triton.jit
+def any_nan(values, flag, count, PADDED: tl.constexpr):
+    at = tl.arange(0, PADDED)
+    found = tl.load(values + at, mask=at < count, other=0.0)
+    tl.store(flag, tl.max((found != found).to(tl.int32), 0).to(tl.int64))
+
+
+@triton.jit
+def survey(log_probs, depths, flag, nodes, depth, size, PADDED: tl.constexpr):
+    """Whether a tree holds what is not a number, its living nodes but the root, the deepest."""
+    at = tl.arange(0, PADDED)
+    inside = at < size
+    found = tl.load(log_probs + at, mask=inside, other=float("-inf"))
+    living = found != float("-inf")
+    tl.store(flag, tl.max((found != found).to(tl.int32), 0).to(tl.int64))
+    tl.store(nodes, tl.sum((living & (at > 0)).to(tl.int64), 0))
+    tl.store(depth, tl.max(tl.load(depths + at, mask=living, other=0), 0))
+
+
+@triton.jit
+def walk(
+    tokens,
+    parents,
+    attends,
+    choices,
+    path,
+    chosen,
+    count,
+    rows,
+    most,
+    columns,
+    PADDED: tl.constexpr,
+):
+    """From the root on, to the child that holds what was chosen after its parent."""
+    index = tl.arange(0, PADDED)
+    inside = (index > 0) & (index < rows)
+    token = tl.load(tokens + index, mask=inside, other=0)
+    parent = tl.load(parents + index, mask=inside, other=0)
+    # A padding row is not even its own ancestor.
+    inside = inside & (tl.load(attends + index * columns + 1 + index, mask=inside, other=0) != 0)
+    choice = tl.load(choices)
+    tl.store(path, tl.zeros((), tl.int64))
+    tl.store(chosen, choice)
+    node = 0
+    length = 1
+    for step in range(1, most):
+        follows = inside & (parent == node) & (token == choice)
+        found = tl.min(tl.where(follows, index, rows), 0)
+        # Where the walk has ended, nobody has such a parent.
+        node = tl.where(found < rows, found, -1)
+        length += tl.where(found < rows, 1, 0)
+        last = tl.minimum(found, rows - 1)
+        choice = tl.load(choices + last)
+        tl.store(path + step, last.to(tl.int64))
+        tl.store(chosen + step, choice)
+    tl.store(count, length.to(tl.int64))
+
+
+@triton.jit
+def commit(
+    path,
+    tokens,
+    count,
+    origins,
+    history,
+    position,
+    noted_tokens,
+    noted_count,
+    sources,
+    drafted,
+    destinations,
+    most,
+    PADDED: tl.constexpr,
+):
+    """Where the entries of a path are and belong; its tokens join the history."""
+    i = tl.arange(0, PADDED)
+    inside = i < most
+    root = tl.load(position)
+    number = tl.load(count)
+    node = tl.load(path + i, mask=inside, other=0)
+    token = tl.load(tokens + i, mask=inside, other=0)
+    tl.store(sources + i, node + root, mask=inside)
+    tl.store(drafted + i, tl.load(origins + node, mask=inside, other=0) + root, mask=inside)
+    tl.store(destinations + i, i + root, mask=inside)
+    tl.store(history + root + 1 + i, token, mask=inside)
+    tl.store(noted_tokens + i, token, mask=inside)
+    tl.store(noted_count, number)
+    # All threads have read it before it changes.
+    tl.debug_barrier()
+    tl.store(position, root + number)
 
 
 @triton.jit
@@ -858,12 +1184,14 @@ def best(
     part_tokens,
     part_sums,
     finished,
+    living,
     vocabulary,
     COUNT: tl.constexpr,
     SIZE: tl.constexpr,
     PARTS: tl.constexpr,
     FINALISTS: tl.constexpr,
     LOG_PROBS: tl.constexpr,
+    COUNTED: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """The COUNT largest of a row in falling order, the smaller token first where they are equal."""
@@ -871,6 +1199,9 @@ def best(
     part = tl.program_id(1)
     parts = tl.num_programs(1)
     _wait(EARLY)
+    if COUNTED:
+        if row >= tl.load(living):
+            return
     token = part * SIZE + tl.arange(0, SIZE)
     inside = token < vocabulary
     found = tl.load(logits + row * vocabulary + token, mask=inside, other=float("-inf"))
