@@ -7,7 +7,7 @@ Every output is compared with that of plain `model.generate`.
 
 import copy
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,12 +19,14 @@ from harness import (
     interleaved,
     load,
     markdown,
+    positive,
     ratio,
     replaced,
     shown,
     throughput,
     write,
 )
+from rounds import fitting, text
 from torch import Tensor
 from transformers import GenerationConfig, StaticCache
 from transformers.utils import is_sklearn_available
@@ -33,10 +35,14 @@ from dynatree.decode import Decoder
 from dynatree.errors import reporting
 from dynatree.strategies import Autoregressive, Linear, StrategyBase, Tree
 
-SYSTEM_THRESHOLDS = {"cpu": (0.03, 0.06), "cuda": (0.003,)}
-"""Of pruning, tried beside the configured one: what the best is depends on what a node costs."""
+SYSTEM_PRUNING = {
+    "cpu": ((0.03, None), (0.06, None)),
+    "cuda": ((0.01, 63), (0.001, 63), (0.0001, 63), (0.0, 63)),
+}
+"""Thresholds and node budgets, None for the configured one, tried beside the configured pruning:
+what the best is depends on what a node costs."""
 
-LINEAR_TOKENS = {"cpu": (2, 3, 4, 6, 8), "cuda": (4, 6, 8, 10)}
+LINEAR_TOKENS = {"cpu": (2, 3, 4, 6, 8), "cuda": (4, 6, 8, 10, 12)}
 ASSISTANT_TOKENS = (2, 3, 4, 6, 8)
 LOOKUP_TOKENS = (2, 4, 8, 16)
 
@@ -168,16 +174,15 @@ def compiled_peers(setting: Setting) -> dict[str, Method]:
 
 
 def systems(setting: Setting) -> dict[str, Method]:
-    """The full system with each pruning threshold."""
+    """The full system with each way to prune."""
     configured = setting.spec.strategy
-    strategies: dict[str, StrategyBase] = {"configured": configured}
+    strategies = {"configured": configured}
     if isinstance(configured, Tree):
-        strategies = {
-            f"{threshold:g}": configured.model_copy(update={"prune_threshold": threshold})
-            for threshold in sorted(
-                {configured.prune_threshold, *SYSTEM_THRESHOLDS[setting.device.type]}
-            )
-        }
+        strategies = {f"{configured.prune_threshold:g}": configured}
+        for threshold, budget in SYSTEM_PRUNING[setting.device.type]:
+            update = {"prune_threshold": threshold, "node_budget": budget or configured.node_budget}
+            name = f"{threshold:g}" if budget is None else f"{threshold:g} budget {budget}"
+            strategies[name] = configured.model_copy(update=update)
     return {
         value: ours(setting, strategy, f"ours, {strategy.describe()}")
         for value, strategy in strategies.items()
@@ -329,14 +334,20 @@ def table(measured: Mapping[str, Any]) -> str:
 def main() -> None:
     """Entry point of the command."""
     parser = argument_parser(__doc__)
+    parser.add_argument("--context", type=positive, help="prompts of that many tokens, of all text")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD")
     arguments = parser.parse_args()
     setting = load(arguments, SYSTEM)
+    scope = None
+    if arguments.context is not None:
+        (context,) = fitting(setting, [arguments.context])
+        setting = replace(setting, prompts=text(setting.prompts, context))
+        scope = f"{len(setting.prompts)} prompts of {context} tokens"
     # What the target's own configuration asks for (a repetition penalty, say) would fill in what
     # a call leaves open, and `generate` would no longer be the plain greedy decoding of the model.
     with replaced(setting.pair.target, "generation_config", GenerationConfig()):
         measured = measure(setting, arguments.methods)
-    write("peers", setting, measured, table(measured))
+    write("peers", setting, measured, table(measured), scope)
 
 
 if __name__ == "__main__":

@@ -83,10 +83,10 @@ CHOICES = (
     *(Choice("_LEAVE_NARROW", of, MANY) for of in ((32, 0, 1, 4), (16, 0, 1, 2))),
     *(Choice("_PROGRAMS", of, MANY) for of in (64, 256)),
     *(Choice("_LEAVE_MANY", of, MANY) for of in ((32, 128, 3, 4), (64, 128, 3, 4), (64, 64, 4, 4))),
-    *(Choice("_ATTEND", of, (1,)) for of in ((16, 32, 1, 4), (16, 128, 1, 4), (16, 64, 2, 4))),
-    *(Choice("_ATTEND", of, (2, 8, 16)) for of in ((16, 64, 2, 4), (16, 64, 8, 4))),
-    *(Choice("_ATTEND", of, (32,)) for of in ((16, 64, 8, 4), (32, 64, 4, 4), (32, 64, 8, 4))),
-    *(Choice("_ATTEND", of, (64,)) for of in ((16, 64, 4, 4), (32, 64, 8, 4), (64, 64, 8, 8))),
+    *(Choice("_ATTEND", of, (1,)) for of in ((16, 32, 1, 1, 4), (16, 128, 1, 1, 4))),
+    *(Choice("_ATTEND", of, MANY) for of in ((16, 64, 2, 3, 4), (16, 64, 8, 2, 4))),
+    *(Choice("_ATTEND", of, MANY) for of in ((16, 64, 4, 2, 4, 128), (16, 64, 8, 2, 4, 128))),
+    *(Choice("_ATTEND", of, (32, 64)) for of in ((32, 64, 4, 3, 4), (32, 64, 8, 3, 4))),
 )
 
 

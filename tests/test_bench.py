@@ -115,7 +115,7 @@ def run(micro, tmp_path, monkeypatch, capsys):  # noqa: F811
     monkeypatch.setattr(peers, "LINEAR_TOKENS", {"cpu": (2, 3)})
     for family in ("ASSISTANT_TOKENS", "LOOKUP_TOKENS"):
         monkeypatch.setattr(peers, family, (2, 3))
-    monkeypatch.setattr(peers, "SYSTEM_THRESHOLDS", {"cpu": (0.1,)})
+    monkeypatch.setattr(peers, "SYSTEM_PRUNING", {"cpu": ((0.1, None), (0.1, 5))})
     monkeypatch.setattr(peers, "CHOOSING_RUNS", 1)
 
     def call(*arguments):

@@ -116,12 +116,15 @@ class _Product(NamedTuple):
 
 
 class _Attention(NamedTuple):
-    """How attention is: rows and slots of a step, most steps of a program."""
+    """How attention is: rows and slots of a step, most steps of a program, loads ahead, and the
+    registers that a thread may have, on which depends how many programs run at once."""
 
     rows: int
     slots: int
     steps: int
+    stages: int
     warps: int
+    registers: int | None = None
 
 
 # The best of a few on an H200, in whole forwards of Pythia's geometry at 1000 tokens of context.
@@ -129,10 +132,10 @@ _ENTER_ONE, _LEAVE_ONE = _Product(2, 0, 1, 4), _Product(1, 512, 1, 4)
 _ENTER_MANY, _LEAVE_MANY = _Product(64, 64, 4, 4), _Product(64, 64, 5, 4)
 _ENTER_NARROW, _LEAVE_NARROW = _Product(32, 0, 1, 4), _Product(16, 0, 1, 4)
 _ATTEND = {
-    1: _Attention(16, 64, 1, 4),
-    16: _Attention(16, 64, 4, 4),
-    32: _Attention(16, 64, 4, 4),
-    MOST_ROWS: _Attention(16, 64, 8, 4),
+    1: _Attention(16, 64, 1, 1, 4),
+    16: _Attention(16, 64, 4, 3, 4),
+    32: _Attention(16, 64, 4, 3, 4),
+    MOST_ROWS: _Attention(16, 64, 8, 3, 4),
 }
 """By the most rows that it is for."""
 
@@ -522,11 +525,11 @@ def attend(
         states, slots, *around, keys, values, out,
         parts[2 * notes :], parts, parts[notes:], workspace.counters(heads * blocks),
         _or(living, slots), rows, visible, keys.stride(1), size**-0.5,
-        heads, size, padded, rotary, how.rows, how.slots, steps,
+        heads, size, padded, rotary, how.rows, how.slots, steps, how.stages,
         # Of several rows the splits are put together one by one, whatever their number.
         _power(splits) if rows == 1 else 1, rows == 1, blocks > 1,
         _precision(states), living is not None, early,
-        num_warps=how.warps, launch_pdl=early,
+        num_warps=how.warps, maxnreg=how.registers, launch_pdl=early,
     )  # fmt: skip
     return out
 

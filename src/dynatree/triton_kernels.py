@@ -763,6 +763,7 @@ def attend(
     ROWS: tl.constexpr,
     SLOTS: tl.constexpr,
     CHUNKS: tl.constexpr,
+    STAGES: tl.constexpr,
     SPLITS: tl.constexpr,
     ONE: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -817,14 +818,14 @@ def attend(
             i = tl.arange(0, SLOTS)
             _wait(EARLY)
             queries = _rotated(own, cosines, sines, m, inside, 3 * width, SIZE, PADDED, ROTARY)
-            for chunk in tl.range(0, whole, num_stages=3):
+            for chunk in tl.range(0, whole, num_stages=STAGES):
                 at = head * stride + (begin + chunk * SLOTS + i) * SIZE
                 key = tl.load(keys + at[None, :] + d[:, None], mask=held[:, None], other=0.0)
                 value = tl.load(values + at[:, None] + d[None, :], mask=held[None, :], other=0.0)
                 peak, total, sums = _against(
                     queries, key, value, inside, scale, peak, total, sums, False, PRECISION
                 )
-            for first in range(begin + whole * SLOTS, end, SLOTS):
+            for first in tl.range(begin + whole * SLOTS, end, SLOTS, num_stages=1):
                 key, value, seen = _shown(
                     keys, values, old, head * stride, first + i, m, d, inside, held, visible, SIZE
                 )
