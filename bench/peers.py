@@ -37,12 +37,12 @@ from dynatree.strategies import Autoregressive, Linear, StrategyBase, Tree
 
 SYSTEM_PRUNING = {
     "cpu": ((0.03, None), (0.06, None)),
-    "cuda": ((0.01, 63), (0.001, 63), (0.0001, 63), (0.0, 63)),
+    "cuda": ((0.001, 31), (0.0, 31), (0.001, 63), (0.0, 63)),
 }
 """Thresholds and node budgets, None for the configured one, tried beside the configured pruning:
 what the best is depends on what a node costs."""
 
-LINEAR_TOKENS = {"cpu": (2, 3, 4, 6, 8), "cuda": (4, 6, 8, 10, 12)}
+LINEAR_TOKENS = {"cpu": (2, 3, 4, 6, 8), "cuda": (4, 6, 8, 10)}
 ASSISTANT_TOKENS = (2, 3, 4, 6, 8)
 LOOKUP_TOKENS = (2, 4, 8, 16)
 

@@ -63,12 +63,12 @@ class Choice:
         return f"{self.constant.strip('_')} {', '.join(map(str, values))}"
 
 
-def never(states: Tensor, narrow: bool = False) -> bool:
+def never(states: Tensor, small: bool = False) -> bool:
     """No kernel is launched before the one before it has ended."""
     return False
 
 
-def always(states: Tensor, narrow: bool = False) -> bool:
+def always(states: Tensor, small: bool = False) -> bool:
     """Every kernel is."""
     return True
 
@@ -80,7 +80,7 @@ CHOICES = (
     *(Choice("_LEAVE_ONE", of, (1,)) for of in ((2, 512, 1, 4), (1, 512, 1, 2), (2, 512, 1, 8))),
     *(Choice("_ENTER_MANY", of, MANY) for of in ((32, 64, 4, 4), (64, 128, 3, 4), (64, 64, 6, 4))),
     *(Choice("_ENTER_NARROW", of, MANY) for of in ((16, 0, 1, 4), (32, 0, 1, 8))),
-    *(Choice("_LEAVE_NARROW", of, MANY) for of in ((32, 0, 1, 4), (16, 0, 1, 2))),
+    *(Choice("_LEAVE_NARROW", of, MANY) for of in ((16, 0, 1, 4), (64, 0, 1, 4))),
     *(Choice("_PROGRAMS", of, MANY) for of in (64, 256)),
     *(Choice("_LEAVE_MANY", of, MANY) for of in ((32, 128, 3, 4), (64, 128, 3, 4), (64, 64, 4, 4))),
     *(Choice("_ATTEND", of, (1,)) for of in ((16, 32, 1, 1, 4), (16, 128, 1, 1, 4))),

@@ -91,6 +91,7 @@ def main(capability):
     kernels.grow(values, values.long(), values[:, 0], 3, 7, -4.6, 8, tree, living)
     kernels.compact(tree, 255, 64, tree)
     one = torch.zeros(1, dtype=torch.long)
+    kernels.begin(tree[0], one, tree[0][:2], torch.zeros(8, 64, dtype=torch.long), one, 257, 1024)
     for rows in (16, 256):
         path, chosen, count = kernels.walk(tree, torch.zeros(rows, dtype=torch.long), 8)
         kernels.commit(path, chosen, count, tree[0], tree[0], one, (path, one))

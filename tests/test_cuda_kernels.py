@@ -152,6 +152,9 @@ def test_attention(kernels, workspace, dtype, geometry, rows, shown):
         attn_mask=mask[None, None],
     )
     around = kernels.surroundings(mask, slots, positions, tables)
+    # Which may not be what the kernel follows.
+    kernels.select_rows(states, slots.new_zeros(1))
+    kernels.select_rows(states, slots.new_zeros(1))
     found = kernels.attend(states, slots, around, keys, values, workspace)
     close(found, wanted[0].transpose(0, 1).reshape(rows, width))
     close(keys, wanted_keys)
@@ -234,6 +237,26 @@ def test_selections_and_moves(kernels):
     wanted = storage.index_copy(-2, destinations, storage.index_select(-2, sources))
     kernels.move_slots(storage, sources, destinations)
     assert torch.equal(storage, wanted)
+
+
+@pytest.mark.parametrize("position", [1, 300])
+def test_a_tree_begins(kernels, position):
+    """What lies where, as PyTorch has it."""
+    tree, visible = DraftTree(300, DEVICE), 512
+    history = torch.randint(99, (600,), device=DEVICE)
+    here = torch.tensor([position], device=DEVICE)
+    offsets = torch.tensor([-1, 0], device=DEVICE)
+    depths = torch.arange(4, device=DEVICE)[:, None].repeat(1, 5)
+    nodes = len(tree.tokens)
+    found = kernels.begin(history, here, offsets, depths, tree.root, nodes, visible)
+    counted = torch.arange(1, visible + 1, device=DEVICE)
+    assert torch.equal(found.columns, tree.columns(counted, here))
+    assert torch.equal(found.slots, tree.indices + here)
+    assert torch.equal(found.positions, depths + here)
+    assert torch.equal(found.recent, here + offsets)
+    assert torch.equal(found.tokens, history[found.recent])
+    assert torch.equal(found.mask, counted - 1 <= found.recent[:, None])
+    assert tree.tokens[0] == history[position]
 
 
 @pytest.mark.parametrize(("children", "depth"), [(1, 5), (2, 4), (3, 3)])

@@ -98,12 +98,12 @@ class Workspace:
         return self.finished
 
 
-def _early(states: Tensor, narrow: bool = False) -> bool:
+def _early(states: Tensor, small: bool = False) -> bool:
     """Whether a kernel is launched before the one before it has ended (programmatic dependent
-    launch, on Hopper and later). It pays for one row, in a narrow model, and where much is to be
-    fetched for many; for a few rows the room that waiting programs take costs more."""
+    launch, on Hopper and later). It pays for one row, for a small kernel or model, and where much
+    is to be fetched for many; for a few rows the room that waiting programs take costs more."""
     rows = len(states)
-    return (rows == 1 or rows > 32 or narrow) and gpu.capability(states.device) >= (9, 0)
+    return (rows == 1 or rows > 32 or small) and gpu.capability(states.device) >= (9, 0)
 
 
 class _Product(NamedTuple):
@@ -130,7 +130,7 @@ class _Attention(NamedTuple):
 # The best of a few on an H200, in whole forwards of Pythia's geometry at 1000 tokens of context.
 _ENTER_ONE, _LEAVE_ONE = _Product(2, 0, 1, 4), _Product(1, 512, 1, 4)
 _ENTER_MANY, _LEAVE_MANY = _Product(64, 64, 4, 4), _Product(64, 64, 5, 4)
-_ENTER_NARROW, _LEAVE_NARROW = _Product(32, 0, 1, 4), _Product(16, 0, 1, 4)
+_ENTER_NARROW, _LEAVE_NARROW = _Product(32, 0, 1, 4), _Product(32, 0, 1, 4)
 _ATTEND = {
     1: _Attention(16, 64, 1, 1, 4),
     16: _Attention(16, 64, 4, 3, 4),
@@ -146,7 +146,7 @@ _PROGRAMS = 128
 def select_rows(table: Tensor, indices: Tensor) -> Tensor:
     """The rows `indices` [n] of `table` [m, width]."""
     rows, width = len(indices), table.shape[1]
-    early = _early(indices, width <= _NARROW)
+    early = _early(indices, small=True)
     out = table.new_empty(rows, width)
     programs.select_rows[(rows, triton.cdiv(width, 1024))](
         table, indices, out, width, 1024, early, num_warps=4, launch_pdl=early
@@ -157,7 +157,7 @@ def select_rows(table: Tensor, indices: Tensor) -> Tensor:
 def select_columns(table: Tensor, indices: Tensor) -> Tensor:
     """The columns `indices` [n] of `table` [m, width], of booleans."""
     rows, count = len(table), len(indices)
-    early = _early(table)
+    early = _early(table, small=True)
     out = table.new_empty(rows, count)
     programs.select_columns[(rows, triton.cdiv(count, 1024))](
         table.view(torch.uint8), indices, out.view(torch.uint8), count, table.stride(0), 1024,
@@ -165,6 +165,56 @@ def select_columns(table: Tensor, indices: Tensor) -> Tensor:
         num_warps=4, launch_pdl=early,
     )  # fmt: skip
     return out
+
+
+class Beginning(NamedTuple):
+    """Where the nodes of a tree will be, and what of the committed tokens is read first.
+
+    Attributes:
+        columns: int64 [visible], see `DraftTree.columns`.
+        slots: int64 [nodes].
+        positions: int64, by depth and node.
+        recent: int64 [n], slots and positions of the tokens to read.
+        tokens: int64 [n], these.
+        mask: bool [n, visible], what they are shown.
+    """
+
+    columns: Tensor
+    slots: Tensor
+    positions: Tensor
+    recent: Tensor
+    tokens: Tensor
+    mask: Tensor
+
+
+def begin(
+    history: Tensor,
+    position: Tensor,
+    offsets: Tensor,
+    depths: Tensor,
+    root: Tensor,
+    nodes: int,
+    visible: int,
+) -> Beginning:
+    """Begins a tree at `position`, int64 [1], of the `history`, and sets its `root`, int64 [1].
+
+    Args:
+        offsets: int64 [n], of the slots to read from the root's.
+        depths: int64, by depth and node.
+        nodes: rows of the tree's tensors.
+    """
+    count, device = len(offsets), history.device
+    columns = torch.empty(visible, dtype=torch.long, device=device)
+    slots = torch.empty(nodes, dtype=torch.long, device=device)
+    recent, tokens = torch.empty(2, count, dtype=torch.long, device=device)
+    mask = torch.empty(count, visible, dtype=torch.bool, device=device)
+    found = Beginning(columns, slots, torch.empty_like(depths), recent, tokens, mask)
+    programs.begin[(triton.cdiv(max(visible, nodes, depths.numel()), 256),)](
+        history, position, offsets, depths, root, *found[:5], mask.view(torch.uint8),
+        visible, nodes, depths.numel(), count, 256,
+        num_warps=2,
+    )  # fmt: skip
+    return found
 
 
 def grow(
@@ -196,11 +246,12 @@ def grow(
     tokens, parents, depths, log_probs, attends = tree
     columns = attends.shape[1]
     total = values.numel()
+    early = _early(values, small=True)
     programs.grow[(total,)](
         values, best, parent_log_probs, tokens, parents, depths, log_probs,
         attends.view(torch.uint8), living, first, size, least, columns, total, width,
-        values.shape[1], _power(total), _power(columns),
-        num_warps=4,
+        values.shape[1], _power(total), _power(columns), early,
+        num_warps=4, launch_pdl=early,
     )  # fmt: skip
 
 
@@ -471,7 +522,7 @@ def surroundings(
     new = torch.empty(rows, rows, dtype=torch.uint8, device=mask.device)
     common, used = torch.empty(2, rows, dtype=torch.int32, device=mask.device)
     found = Surroundings(old, new, common, used, *tables[0].new_empty(2, rows, rotary))
-    early = _early(mask)
+    early = _early(mask, small=True)
     programs.surroundings[(rows,)](
         mask.view(torch.uint8), slots, positions, *tables, *found, _or(living, slots), rows,
         visible, len(tables[0]) - 1, rotary, _power(rotary), max(16, _power(rows)),
@@ -495,7 +546,8 @@ def attend(
     Args:
         states: [n, 3 * width], for each head query, key and value, as GPT-NeoX projects them.
         slots: int64 [n].
-        around: of `surroundings`; a token is shown at least one slot.
+        around: of `surroundings`; a token is shown at least one slot. Some of it is loaded before
+            the kernel waits for the one before, so another lies between `surroundings` and this.
         keys, values: [1, heads, capacity, head size].
 
     Returns:
@@ -555,7 +607,7 @@ def best(
         DecodeError: more pieces of work than `workspace` counts.
     """
     rows, vocabulary = logits.shape
-    early = _early(logits)
+    early = _early(logits, small=True)
     parts = triton.cdiv(vocabulary, _VOCABULARY)
     device = logits.device
     values = torch.empty(rows, count, dtype=torch.float32, device=device)

@@ -128,19 +128,28 @@ class Drafter:
             if self._sampler is not None:
                 self._sampler.plant(position)
             return self._kept
-        columns = tree.columns(self._counted[:visible], position)
+        recent, first = self._recent, 0
+        kernels = self._in_place()
+        if kernels is not None and len(recent) == 2:
+            begun = kernels.begin(
+                history, position, recent, self._rule.depths, tree.root, len(tree.tokens), visible
+            )
+            tree.clear()
+            columns, slots, positions = begun.columns, begun.slots, begun.positions.unbind()
+            logits = runner.forward(begun.tokens, begun.recent, begun.recent, begun.mask)[-1:]
+        else:
+            columns = tree.columns(self._counted[:visible], position)
+            slots = tree.indices + position
+            positions = (self._rule.depths + position).unbind()
+            if self._trim:
+                # What the forwards may see: with exact shapes, no more than is in use.
+                first = int(position)
+                recent = recent[-2 - int(self._ngram_accepted) :] if len(recent) > 2 else recent
+            logits = self._read(history, position, self._seen(first + 1, visible), recent)
+            tree.plant(history.index_select(0, position))
         # A captured phase leaves nothing for another to find but in the tensors that were there.
         tree.shown = columns if self._trim else None
-        slots = tree.indices + position
-        positions = (self._rule.depths + position).unbind()
-        recent = self._recent
-        if self._trim and len(recent) > 2:
-            recent = recent[-2 - int(self._ngram_accepted) :]
-        # What the forwards may see: with exact shapes, no more than the slots that are in use.
-        first = int(position) if self._trim else 0
-        logits = self._read(history, position, self._seen(first + 1, visible), recent)
         self.forwards = 1
-        tree.plant(history.index_select(0, position))
         if self._sampler is not None:
             self._sampler.plant(position)
         chosen, log_probs = None, tree.first(1).log_probs

@@ -100,7 +100,16 @@ class DraftTree:
 
     def plant(self, token: Tensor) -> None:
         """Empties the tree and makes `token` [1] its root."""
-        self._root.tokens.copy_(token)
+        self.root.copy_(token)
+        self.clear()
+
+    @property
+    def root(self) -> Tensor:
+        """[1] int64, the root's token."""
+        return self._root.tokens
+
+    def clear(self) -> None:
+        """Leaves the root alone."""
         self.size, self.deepest = 1, 0
         self._levels.clear()
         self._placed = False

@@ -935,6 +935,45 @@ def select_columns(table, indices, out, count, stride, PART: tl.constexpr, EARLY
 
 
 @triton.jit
+def begin(
+    history,
+    position,
+    offsets,
+    depths,
+    root,
+    columns,
+    slots,
+    positions,
+    recent,
+    tokens,
+    mask,
+    visible,
+    nodes,
+    places,
+    COUNT: tl.constexpr,
+    PART: tl.constexpr,
+):
+    """A part of what can be said of a tree before it is grown."""
+    part = tl.program_id(0)
+    at = part * PART + tl.arange(0, PART)
+    here = tl.load(position)
+    column = tl.minimum(tl.maximum(at + 1 - here, 0), nodes)
+    tl.store(columns + at, column, mask=at < visible)
+    tl.store(slots + at, at + here, mask=at < nodes)
+    depth = tl.load(depths + at, mask=at < places, other=0)
+    tl.store(positions + at, depth + here, mask=at < places)
+    for index in tl.static_range(COUNT):
+        slot = tl.load(offsets + index) + here
+        shown = (at <= slot).to(tl.uint8)
+        tl.store(mask + index * visible + at, shown, mask=at < visible)
+        if part == 0:
+            tl.store(recent + index, slot)
+            tl.store(tokens + index, tl.load(history + slot))
+    if part == 0:
+        tl.store(root, tl.load(history + here))
+
+
+@triton.jit
 def _most_probable(log_probs, held, most, count):
     """Which of the `count` numbers that are `held` are the `most` largest, all if there are no
     more; the first ones where they are equal. What is not a number is the largest of all."""
@@ -975,12 +1014,14 @@ def grow(
     CHILDREN: tl.constexpr,
     TOTAL: tl.constexpr,
     PADDED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """A candidate for the next level, in its place there: behind all living ones if it is dead."""
     index = tl.program_id(0)
     number = tl.arange(0, TOTAL)
     inside = number < total
     nothing = float("-inf")
+    _wait(EARLY)
     parent = tl.load(parent_log_probs + number // CHILDREN, mask=inside, other=nothing)
     log_prob = tl.load(values + number, mask=inside, other=0.0) + parent
     # What is not a number is not less. Of a dead parent nothing may have been computed.
