@@ -35,16 +35,17 @@ for name in $only; do
     [[ " $STEPS " == *" $name "* ]] || { usage >&2 && exit 2; }
 done
 
-# Sizes that fit the time on an H200: 70 s, 70 s without the modes of Transformers, and 15 s.
+# Sizes that fit the time on an H200: 97 s, 136 s and 28 s.
 declare -A sizes=(
     [roofline]="--tokens 64 --runs 10"
-    [peers]="--prompts 4 --runs 2 --tokens 128"
-    [rounds]="--prompts 2 --runs 2 --contexts 128 1000 --budgets 63"
+    [peers]="--context 1000 --prompts 4 --runs 2 --tokens 128
+        --methods ar linear dynatree generate assistant"
+    [rounds]="--prompts 2 --runs 2 --contexts 128 1000 --budgets 31 63"
 )
 if [[ $quick ]]; then
     sizes=(
         [roofline]="--tokens 4 --runs 2 --context 16 --repeats 1 --copy-mib 16"
-        [peers]="--prompts 1 --runs 1 --tokens 4"
+        [peers]="--context 16 --prompts 1 --runs 1 --tokens 4"
         [rounds]="--prompts 1 --runs 1 --tokens 4 --contexts 16 --budgets 16"
     )
 fi
