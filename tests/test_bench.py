@@ -149,7 +149,7 @@ def test_peers_records_every_method_and_the_ratios_follow_from_the_seconds(run, 
         assert entry["interval"]["low"] <= entry["value"] <= entry["interval"]["high"]
     tuned = ("2", "3")
     for family, values in {
-        "dynatree": ("0", "0.1"),
+        "dynatree": ("0", "0.1", "0.1 budget 5"),
         "linear": tuned,
         "assistant_tuned": tuned,
         "prompt_lookup": tuned,
@@ -171,6 +171,15 @@ def test_peers_records_every_method_and_the_ratios_follow_from_the_seconds(run, 
     assert table in out
     assert "| `prompt_lookup` | prompt_lookup_num_tokens" in table
     assert "| 2 of 2 |" in table
+
+
+def test_peers_at_a_context(run, tmp_path):
+    """Its prompts are of that length, each beginning with another of the workload's."""
+    out = run("--context", "12", "--tokens", "4", "--methods", "ar", "generate")
+    record = json.loads((tmp_path / "bench/results/peers-micro-cpu-auto.json").read_text())
+    assert record["setting"]["prompt_tokens"] == [12, 12, 12]
+    assert record["methods"]["ar"]["unequal"] == []
+    assert "; 3 prompts of 12 tokens, " in out
 
 
 def test_peers_leaves_the_models_as_they_were(run, monkeypatch):

@@ -23,6 +23,7 @@ from dynatree import fused, gpu
 from dynatree.errors import DecodeError
 from dynatree.runner import ModelRunner
 from dynatree.runtime import Runtime
+from dynatree.sampling import Sampling
 from dynatree.selection import most_probable
 from dynatree.tree import DraftTree
 
@@ -425,6 +426,22 @@ def test_decoding_is_exact(kernels, strategy):
     for length, new in ((17, 6), (CONTEXT + 1 - 3, 3)):
         ids = prompt(length).to(DEVICE)
         assert decoder.decode(ids, new).tokens == oracle(decoder._models[0], ids, new)
+
+
+def test_a_sample_is_that_of_exact_shapes(kernels):
+    """Which walks the tree with PyTorch's operators, and the same noise."""
+    strategy = dynatree.Tree(depth=2, branch_factor=2, prune_threshold=0.05, node_budget=4)
+    how = Sampling.checked(temperature=0.9, top_p=1.0, top_k=0, seed=3, mode="coupled")
+    outputs = []
+    for runtime in (Direct(), Runtime("eager", DEVICE, static=False)):
+        models = (target_of("gpt_neox"), draft_of("gpt_neox", "noisy"))
+        models = (copy.deepcopy(model).to(DEVICE) for model in models)
+        decoder = dynatree.Decoder(*models, strategy, 30, runtime, how)
+        if isinstance(runtime, Direct):
+            for _, runner in decoder._runners():
+                direct(runner)
+        outputs.append(decoder.decode(prompt(9).to(DEVICE), 8).tokens)
+    assert outputs[0] == outputs[1]
 
 
 @pytest.mark.parametrize(
