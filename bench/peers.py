@@ -340,7 +340,7 @@ def main() -> None:
     setting = load(arguments, SYSTEM)
     scope = None
     if arguments.context is not None:
-        (context,) = fitting(setting, [arguments.context])
+        (context,) = fitting(setting, [arguments.context], "--context")
         setting = replace(setting, prompts=text(setting.prompts, context))
         scope = f"{len(setting.prompts)} prompts of {context} tokens"
     # What the target's own configuration asks for (a repetition penalty, say) would fill in what

@@ -182,8 +182,8 @@ def strategies(system: StrategyBase, budgets: Sequence[int]) -> dict[str, Strate
     }
 
 
-def fitting(setting: Setting, contexts: Sequence[int]) -> list[int]:
-    """The contexts that leave room for the new tokens.
+def fitting(setting: Setting, contexts: Sequence[int], option: str = "--contexts") -> list[int]:
+    """The contexts, given by `option`, that leave room for the new tokens.
 
     Raises:
         ConfigError: none does, or the only new token is that of the prefill.
@@ -194,7 +194,7 @@ def fitting(setting: Setting, contexts: Sequence[int]) -> list[int]:
     fit = [context for context in contexts if limit is None or context + new <= limit]
     if not fit:
         raise ConfigError(
-            f"--contexts: the models hold {limit} tokens, {new} of them new ones; give at most "
+            f"{option}: the models hold {limit} tokens, {new} of them new ones; give at most "
             f"{(limit or 0) - new}, or fewer --tokens"
         )
     return fit

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 import dynatree
 from dynatree import fused, gpu
+from dynatree.accept import accept_greedy
 from dynatree.errors import DecodeError
 from dynatree.runner import ModelRunner
 from dynatree.runtime import Runtime
@@ -327,6 +328,67 @@ def test_trees(kernels, children, depth, least, budget, monkeypatch):
         else:
             found, wanted = (trees[1].log_probs.isnan().any() for trees in (kept, grown))
             assert found == wanted
+
+
+def test_what_the_host_is_told(kernels):
+    log_probs = torch.tensor([0.0, -1.0, -torch.inf, -2.0, -torch.inf], device=DEVICE)
+    depths = torch.tensor([0, 1, 5, 2, 7], device=DEVICE)
+    flag, nodes, depth = torch.full((3, 1), 9, device=DEVICE)
+    kernels.survey(log_probs, depths, flag, nodes, depth)
+    assert (flag.item(), nodes.item(), depth.item()) == (0, 2, 2)
+    for values, broken in ((log_probs, 0), (log_probs * torch.nan, 1)):
+        kernels.survey(values, depths, flag, nodes, depth)
+        assert flag.item() == broken
+        flag.fill_(9)
+        kernels.any_nan(values, flag)
+        assert flag.item() == broken
+
+
+@pytest.mark.parametrize("rows", [2, 7, 16])
+@pytest.mark.parametrize("longest", [3, 9])
+def test_what_is_accepted_and_committed(kernels, rows, longest, monkeypatch):
+    """In random trees with padding, as PyTorch has it."""
+    torch.manual_seed(rows)
+    position, ends = 20, set()
+    for living in range(1, rows + 1):
+        tree = DraftTree(16, DEVICE)
+        tree.plant(torch.tensor([3], device=DEVICE))
+        for node in range(1, living):
+            parent = int(torch.randint(node, ()))
+            # Siblings hold different tokens.
+            tree.tokens[node], tree.parents[node] = (
+                int((tree.parents[1:node] == parent).sum()),
+                parent,
+            )
+            tree.ancestors[node] = tree.ancestors[parent]
+            tree.ancestors[node, node] = True
+        choices = torch.randint(2, (rows,), device=DEVICE)
+        with monkeypatch.context() as patch:
+            patch.setattr(gpu, "kernels", lambda device: None)
+            wanted = accept_greedy(tree, choices, longest, static=True)
+        found = accept_greedy(tree, choices, longest, static=True)
+        count = min(int(wanted.count), longest)
+        ends.add(count)
+        assert int(found.count) == count
+        assert torch.equal(found.path[:count], wanted.path[:count])
+        assert torch.equal(found.tokens[:count], wanted.tokens[:count])
+        origins = torch.randperm(17, device=DEVICE)
+        history, here = (
+            torch.zeros(64, dtype=torch.long, device=DEVICE),
+            choices.new_full((1,), position),
+        )
+        noted = history.new_zeros(12), history.new_zeros(1)
+        sources, drafted, destinations = kernels.commit(
+            found.path, found.tokens, found.count, origins, history, here, noted
+        )
+        assert torch.equal(sources, found.path + position)
+        assert torch.equal(drafted, origins[found.path] + position)
+        assert torch.equal(destinations, tree.indices[: len(found.path)] + position)
+        assert torch.equal(history[position + 1 :][:count], found.tokens[:count])
+        assert torch.equal(noted[0][:count], found.tokens[:count])
+        assert noted[1].item() == count
+        assert here.item() == position + count
+    assert len(ends) > 1
 
 
 # Whole models.

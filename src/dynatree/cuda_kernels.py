@@ -525,7 +525,7 @@ def surroundings(
     early = _early(mask, small=True)
     programs.surroundings[(rows,)](
         mask.view(torch.uint8), slots, positions, *tables, *found, _or(living, slots), rows,
-        visible, len(tables[0]) - 1, rotary, _power(rotary), max(16, _power(rows)),
+        visible, len(tables[0]) - 1, rotary, _power(rotary), _tile(rows, counted=False),
         living is not None, early,
         num_warps=4, launch_pdl=early,
     )  # fmt: skip

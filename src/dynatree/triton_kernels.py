@@ -1104,6 +1104,7 @@ def compact(
 
 @triton.jit
 def any_nan(values, flag, count, PADDED: tl.constexpr):
+    """Whether one of the values is not a number."""
     at = tl.arange(0, PADDED)
     found = tl.load(values + at, mask=at < count, other=0.0)
     tl.store(flag, tl.max((found != found).to(tl.int32), 0).to(tl.int64))
