@@ -30,7 +30,6 @@
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/log_softmax.h>
 #include <torch/library.h>
 
 namespace {
@@ -45,8 +44,9 @@ constexpr int LINE = 64 / sizeof(float);  // what a prefetch brings
 constexpr int64_t PAGE = 4096 / sizeof(float);  // inputs after which a place in a cache recurs
 constexpr int64_t WAYS = 10;  // how many may share that place before it costs more than a copy
 // Inputs between what one tile multiplies and what it prefetches; 0 for a whole panel.
-constexpr int AHEAD = LANES == 16 ? 16 : 0;
+constexpr int AHEAD = LANES == 16 ? 64 : 0;
 constexpr int64_t GRAIN = 32768;  // weights that are worth a thread
+constexpr int64_t BLOCK = 64, TURNS = 16;  // slots and queries that attend together
 
 typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
@@ -169,45 +169,76 @@ void scored(const float* query, const float* keys, int64_t stride, const int64_t
   }
 }
 
-// `COUNT` vectors of the values of `seen`, weighted and summed.
+// Adds `COUNT` vectors of the values of `seen`, weighted.
 template <int COUNT>
 void weighted(const float* weights, const float* values, int64_t stride, const int64_t* seen,
-              int64_t count, float factor, float* out) {
+              int64_t count, float* out) {
   Vector sums[COUNT];
-  for (int v = 0; v < COUNT; ++v) sums[v] = Vector{};
+  for (int v = 0; v < COUNT; ++v) sums[v] = *(const Vector*)(out + v * LANES);
   for (int64_t at = 0; at < count; ++at) {
     const float* value = values + seen[at] * stride;
     const Vector weight = weights[at] - Vector{};
     for (int v = 0; v < COUNT; ++v) sums[v] += weight * *(const Vector*)(value + v * LANES);
   }
-  for (int v = 0; v < COUNT; ++v) *(Vector*)(out + v * LANES) = sums[v] * factor;
+  for (int v = 0; v < COUNT; ++v) *(Vector*)(out + v * LANES) = sums[v];
 }
 
-// One query with the `count` slots of `seen`, in one head; `weights` has room for as many numbers.
-void attend_row(const float* query, const float* keys, int64_t key_stride, const float* values,
-                int64_t value_stride, const int64_t* seen, int64_t count, int64_t size, float scale,
-                float* weights, float* out) {
-  int64_t at = 0;
-  for (; at + 4 <= count; at += 4)
-    scored<4>(query, keys, key_stride, seen + at, size, scale, weights + at);
-  for (; at < count; ++at)
-    scored<1>(query, keys, key_stride, seen + at, size, scale, weights + at);
-  const float top = at::vec::reduce_all<float>(
-      [](Floats& a, Floats& b) { return at::vec::maximum(a, b); }, weights, count);
-  at::vec::map([top](Floats score) { return (score - Floats(top)).exp(); }, weights, weights, count);
-  const float factor = 1.0f / at::vec::reduce_all<float>(plus, weights, count);
-  int64_t i = 0;
-  for (; i + 8 * LANES <= size; i += 8 * LANES)
-    weighted<8>(weights, values + i, value_stride, seen, count, factor, out + i);
-  for (; i + 4 * LANES <= size; i += 4 * LANES)
-    weighted<4>(weights, values + i, value_stride, seen, count, factor, out + i);
-  for (; i + LANES <= size; i += LANES)
-    weighted<1>(weights, values + i, value_stride, seen, count, factor, out + i);
-  for (; i < size; ++i) {
-    float sum = 0.0f;
-    for (at = 0; at < count; ++at) sum += weights[at] * values[seen[at] * value_stride + i];
-    out[i] = sum * factor;
+// The slots that a query sees.
+struct Seen {
+  const int64_t* slots;
+  int64_t count;
+};
+
+// What lies in one head of a tensor [1, heads, n, size]: `stride` between the rows.
+struct Part {
+  const float* rows;
+  int64_t stride;
+};
+
+// A few queries with those of the `slots` that each sees, in one head. They take turns at each BLOCK
+// of slots, which stays in the first cache meanwhile. `weights` has `slots` numbers for each query,
+// and `apart` lies between the rows of `out`.
+void attend_rows(Part queries, Part keys, Part values, const Seen* seen, int64_t rows, int64_t size,
+                 float scale, int64_t slots, float* weights, float* out, int64_t apart) {
+  for (int64_t begin = 0; begin < slots; begin += BLOCK)
+    for (int64_t row = 0; row < rows; ++row) {
+      const auto score = [&](auto scored, int64_t at) {
+        scored(queries.rows + row * queries.stride, keys.rows, keys.stride, seen[row].slots + at,
+               size, scale, weights + row * slots + at);
+      };
+      const int64_t end = std::min(seen[row].count, begin + BLOCK);
+      int64_t at = begin;
+      for (; at + 4 <= end; at += 4) score(scored<4>, at);
+      for (; at < end; ++at) score(scored<1>, at);
+    }
+  for (int64_t row = 0; row < rows; ++row) {
+    float* own = weights + row * slots;
+    const int64_t count = seen[row].count;
+    const float top = at::vec::reduce_all<float>(
+        [](Floats& a, Floats& b) { return at::vec::maximum(a, b); }, own, count);
+    at::vec::map([top](Floats score) { return (score - Floats(top)).exp(); }, own, own, count);
+    const float factor = 1.0f / at::vec::reduce_all<float>(plus, own, count);
+    at::vec::map([factor](Floats weight) { return weight * Floats(factor); }, own, own, count);
+    // Zeros, and not a number where nothing is seen.
+    std::fill_n(out + row * apart, size, 0.0f * factor);
   }
+  for (int64_t begin = 0; begin < slots; begin += BLOCK)
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t count = std::min(seen[row].count - begin, BLOCK);
+      const float* own = weights + row * slots + begin;
+      const int64_t* places = seen[row].slots + begin;
+      float* to = out + row * apart;
+      int64_t i = 0;
+      for (; i + 8 * LANES <= size; i += 8 * LANES)
+        weighted<8>(own, values.rows + i, values.stride, places, count, to + i);
+      for (; i + 4 * LANES <= size; i += 4 * LANES)
+        weighted<4>(own, values.rows + i, values.stride, places, count, to + i);
+      for (; i + LANES <= size; i += LANES)
+        weighted<1>(own, values.rows + i, values.stride, places, count, to + i);
+      for (; i < size; ++i)
+        for (int64_t at = 0; at < count; ++at)
+          to[i] += own[at] * values.rows[places[at] * values.stride + i];
+    }
 }
 
 at::Tensor attend(const at::Tensor& queries, const at::Tensor& keys, const at::Tensor& values,
@@ -226,25 +257,33 @@ at::Tensor attend(const at::Tensor& queries, const at::Tensor& keys, const at::T
   at::Tensor result = at::empty({1, rows, heads, size}, queries.options());
   const at::Tensor shown = mask.contiguous();
   const bool* shows = shown.const_data_ptr<bool>();
-  // The slots that each row sees.
-  std::vector<int64_t> seen(rows * slots), counts(rows);
-  for (int64_t row = 0; row < rows; ++row)
+  std::vector<int64_t> listed(rows * slots);
+  std::vector<Seen> seen(rows);
+  for (int64_t row = 0; row < rows; ++row) {
+    int64_t* list = listed.data() + row * slots;
+    int64_t count = 0;
     for (int64_t slot = 0; slot < slots; ++slot)
-      if (shows[row * slots + slot]) seen[row * slots + counts[row]++] = slot;
+      if (shows[row * slots + slot]) list[count++] = slot;
+    seen[row] = {list, count};
+  }
   const float* query = queries.const_data_ptr<float>();
   const float* key = keys.const_data_ptr<float>();
   const float* value = values.const_data_ptr<float>();
   float* out = result.mutable_data_ptr<float>();
-  const int64_t worth = 1 + GRAIN / (slots * size);
-  at::parallel_for(0, heads * rows, worth, [&](int64_t begin, int64_t end) {
-    std::vector<float> weights(slots);
+  // Of each head's queries, so that every thread has some.
+  const int64_t wanted = std::min(rows, (at::get_num_threads() + heads - 1) / heads);
+  const int64_t parts = std::max(wanted, (rows + TURNS - 1) / TURNS);
+  const int64_t most = (rows + parts - 1) / parts;
+  const int64_t worth = 1 + GRAIN / (slots * size * most);
+  at::parallel_for(0, heads * parts, worth, [&](int64_t begin, int64_t end) {
+    std::vector<float> weights(most * slots);
     for (int64_t each = begin; each < end; ++each) {
-      const int64_t head = each / rows, row = each % rows;
-      attend_row(query + head * queries.stride(1) + row * queries.stride(2),
-                 key + head / shared * keys.stride(1), keys.stride(2),
-                 value + head / shared * values.stride(1), values.stride(2),
-                 seen.data() + row * slots, counts[row], size, scale, weights.data(),
-                 out + (row * heads + head) * size);
+      const int64_t head = each / parts, first = each % parts * most;
+      attend_rows({query + head * queries.stride(1) + first * queries.stride(2), queries.stride(2)},
+                  {key + head / shared * keys.stride(1), keys.stride(2)},
+                  {value + head / shared * values.stride(1), values.stride(2)},
+                  seen.data() + first, std::min(most, rows - first), size, scale, slots,
+                  weights.data(), out + (first * heads + head) * size, heads * size);
     }
   });
   return result;
@@ -265,6 +304,15 @@ void largest(const float* scores, int64_t size, int64_t count, float* best, int6
   }
 }
 
+// The logarithm of the sum of exp(logit - top) over `logits`, in PyTorch's order.
+float log_of_sum(const float* logits, int64_t size, float top) {
+  const float sum = at::vec::map_reduce_all<float>(
+      [top](Floats logit) { return (logit - Floats(top)).exp(); }, plus, logits, size);
+  float logarithm[Floats::size()];
+  Floats(sum).log().store(logarithm);
+  return logarithm[0];
+}
+
 int64_t grow_level(const at::Tensor& logits, const std::optional<at::Tensor>& chosen, int64_t first,
                    int64_t size, int64_t count, double least, int64_t width, int64_t budget,
                    const at::Tensor& tokens, const at::Tensor& parents, const at::Tensor& depths,
@@ -282,10 +330,10 @@ int64_t grow_level(const at::Tensor& logits, const std::optional<at::Tensor>& ch
                   holds(attends, at::kBool, capacity + 1),
               "dynatree::grow_level: logits ", logits.sizes(), ", count ", count, ", nodes ", size,
               " of ", capacity, " do not fit");
-  const at::Tensor scores = at::log_softmax(logits, -1, at::kFloat).contiguous();
+  const at::Tensor given = logits.to(at::kFloat).contiguous();
   const at::Tensor read = chosen ? chosen->contiguous() : at::Tensor();
   const int64_t* which = chosen ? read.const_data_ptr<int64_t>() : nullptr;
-  const float* score = scores.const_data_ptr<float>();
+  const float* score = given.const_data_ptr<float>();
   int64_t *token = tokens.mutable_data_ptr<int64_t>(), *parent = parents.mutable_data_ptr<int64_t>(),
           *depth = depths.mutable_data_ptr<int64_t>();
   float* log_prob = log_probs.mutable_data_ptr<float>();
@@ -300,7 +348,9 @@ int64_t grow_level(const at::Tensor& logits, const std::optional<at::Tensor>& ch
                 from[row] - first, " in the level");
     float* best = reached.data() + size + row * count;
     largest(score + row * vocabulary, vocabulary, count, best, found.data() + row * count);
-    for (int64_t child = 0; child < count; ++child) best[child] += log_prob[from[row]];
+    const float top = best[0], rest = log_of_sum(score + row * vocabulary, vocabulary, top);
+    for (int64_t child = 0; child < count; ++child)
+      best[child] = best[child] - top - rest + log_prob[from[row]];
   }
   float over = -std::numeric_limits<float>::infinity();
   if (size + rows * count > budget) {
