@@ -36,7 +36,7 @@ from dynatree.errors import reporting
 from dynatree.strategies import Autoregressive, Linear, StrategyBase, Tree
 
 SYSTEM_PRUNING = {
-    "cpu": ((0.03, None), (0.06, None)),
+    "cpu": ((0.05, None), (0.15, None)),
     "cuda": ((0.001, 31), (0.0, 31), (0.001, 63), (0.0, 63)),
 }
 """Thresholds and node budgets, None for the configured one, tried beside the configured pruning:

@@ -178,7 +178,7 @@ def test_missing_file_is_named(tmp_path):
 
 def test_pair_overrides_change_the_strategy_and_the_spec(data):
     before = parse_config(copy.deepcopy(data))
-    put(data, "pairs.embedded.strategies", {"dynatree": {"prune_threshold": 0.02}})
+    put(data, "pairs.embedded.strategies.dynatree", {"prune_threshold": 0.02})
     put(data, "pairs.embedded.measure", {"runs": 2})
     after = parse_config(data)
     assert after.strategy("dynatree").prune_threshold == 0.02

@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from micro_pair import micro, train  # noqa: F401 - micro is a fixture
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from dynatree.embedded.corpus import corpus_digest, python_docs
 from dynatree.embedded.muon import Muon, orthogonalised
+from dynatree.embedded.train import calibrate
 from dynatree.errors import PairError
 
 
@@ -50,6 +52,7 @@ def test_training_record(micro):  # noqa: F811
     facts = json.loads((micro / "training.json").read_text())
     assert facts["corpus"]["digest"] == corpus_digest(python_docs(4000))
     assert 0 <= facts["agreement"]["top1"] <= facts["agreement"]["top2"] <= 1
+    assert 0.25 <= facts["draft_temperature"] <= 4
     assert facts["recipe"]["seed"] == 0
     assert set(facts["seconds"]) == {"tokenizer", "target", "rollouts", "draft"}
 
@@ -58,6 +61,31 @@ def test_training_lowers_the_loss(micro, tmp_path):  # noqa: F811
     trained = json.loads((micro / "training.json").read_text())
     barely = train(tmp_path, target_steps=1, draft_steps=1)
     assert trained["target_loss"] < barely["target_loss"]
+
+
+@pytest.mark.parametrize(("doubt", "found"), [(0.5, 0.5), (1.0, 1.0), (3.0, 3.0), (100.0, 4.0)])
+def test_calibration_finds_the_temperature_that_probabilities_were_spoilt_with(doubt, found):
+    torch.manual_seed(0)
+    config = GPTNeoXConfig(
+        vocab_size=20,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+    )
+    draft = GPTNeoXForCausalLM(config).eval()
+    sequences = torch.randint(20, (40, 100))
+    with torch.no_grad():
+        draft.get_output_embeddings().weight.mul_(60)
+        # The target chooses as often as the draft's own probabilities say: they are right.
+        before = draft(sequences).logits
+        chosen = torch.distributions.Categorical(logits=before).sample()
+        draft.get_output_embeddings().weight.mul_(doubt)
+    temperature = calibrate(draft, sequences, torch.nn.functional.one_hot(chosen, 20).float())
+    assert temperature == pytest.approx(found, rel=0.1)
+    with torch.no_grad():
+        after = draft(sequences).logits
+    torch.testing.assert_close(after, before * doubt / temperature, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("shape", [(24, 96), (96, 24), (32, 32)])

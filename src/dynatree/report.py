@@ -35,7 +35,8 @@ class Round:
         """The round as one that had `remaining` tokens to commit at most: of these the last is the
         bonus token, so what was drafted below the others was no offer. The nodes stay: they were
         verified."""
-        return replace(self.cut(remaining - 1), depth=min(self.depth, remaining - 1))
+        cut = self.cut(remaining - 1)
+        return cut if cut.depth < remaining else replace(cut, depth=remaining - 1)
 
     def cut(self, tokens: int) -> "Round":
         """The round if no more than `tokens` of its accepted tokens are wanted."""

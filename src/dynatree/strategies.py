@@ -458,7 +458,7 @@ class Auto(StrategyBase):
         *(
             # With the root 64 rows, which is what static shapes are padded to.
             Tree(depth=8, branch_factor=2, prune_threshold=threshold, node_budget=63)
-            for threshold in (0.02, 0.05)
+            for threshold in (0.02, 0.1)
         ),
         BestFirst(),
         BestFirst(ngram=True),

@@ -10,6 +10,10 @@ from dynatree import gpu
 from dynatree.selection import columns_of
 
 
+_MOST_PLACES = 1024
+"""Places of levels that a tree remembers, some kilobytes each."""
+
+
 class Level(NamedTuple):
     """Nodes of one depth, while a tree grows.
 
@@ -81,6 +85,8 @@ class DraftTree:
         root = self.first(1)
         self._root = Level(0, root.tokens, root.log_probs, root.parents, root.attends)
         self._levels: list[Level] = []
+        # Where levels were placed before, as views that need not be made again.
+        self._places: dict[tuple[int, int], Level] = {}
         # Whether the levels are views of the tensors, and nothing is left for `join` to do.
         self._placed = False
 
@@ -119,16 +125,21 @@ class DraftTree:
 
         All levels of a tree come in this way, or by `extend`.
         """
-        level = slice(self.size, self.size + count)
-        placed = Level(
-            self.size,
-            self.tokens[level],
-            self.log_probs[level],
-            self.parents[level],
-            self._attends[level],
-        )
+        key = self.size, count
+        placed = self._places.get(key)
+        if placed is None:
+            if len(self._places) == _MOST_PLACES:
+                self._places.clear()
+            rows = slice(self.size, self.size + count)
+            placed = self._places[key] = Level(
+                self.size,
+                self.tokens[rows],
+                self.log_probs[rows],
+                self.parents[rows],
+                self._attends[rows],
+            )
         self._levels.append(placed)
-        self.size, self._placed = level.stop, True
+        self.size, self._placed = self.size + count, True
         return placed
 
     def extend(self, parents: Tensor, tokens: Tensor, log_probs: Tensor) -> Level:

@@ -5,6 +5,7 @@ Rush, 2016, arXiv:1606.07947; on-policy data for drafts: Zhou et al., 2024, arXi
 because those are what it will be asked to predict.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -96,6 +97,7 @@ def train_pair(
         "draft",
         progress,
     )
+    facts["draft_temperature"] = calibrate(draft, sequences[-held:], teacher[-held:])
     facts["agreement"] = agreement(draft, sequences[-held:], teacher[-held:])
     report(f"agreement on held-out rollouts: {facts['agreement']}")
     lap("draft")
@@ -179,6 +181,40 @@ def agreement(draft: PreTrainedModel, sequences: Tensor, teacher: Tensor) -> dic
     }
 
 
+def calibrate(draft: PreTrainedModel, sequences: Tensor, teacher: Tensor) -> float:
+    """Makes the draft's probabilities those of what pruning takes them for: that verification
+    accepts a token, which is that the target chooses it.
+
+    Temperature scaling (Guo et al., 2017, arXiv:1706.04599): the logits are divided by the one
+    number that makes the target's choices most likely, which no order of tokens depends on. It is
+    folded into the weight of the output layer.
+
+    Args:
+        sequences: [n, T], rollouts that the draft was not trained on.
+        teacher: [n, T, vocabulary], the target's logits.
+
+    Returns:
+        The temperature, between a quarter and 4.
+    """
+    with torch.no_grad():
+        logits = draft(sequences, use_cache=False).logits.flatten(0, 1)
+    choices = teacher.argmax(dim=-1).flatten()
+    scale = torch.zeros((), device=logits.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS([scale], line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = F.cross_entropy(logits * scale.exp(), choices)
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    temperature = min(4.0, max(0.25, round(math.exp(-scale.item()), 3)))
+    with torch.no_grad():
+        draft.get_output_embeddings().weight.div_(temperature)
+    return temperature
+
+
 Loss = Callable[[Tensor], Tensor]
 Batch = tuple[Tensor, Loss]
 """Input tokens [b, T], and the loss of the model's logits [b, T, vocabulary] on them."""
@@ -209,8 +245,7 @@ def _cross_entropy(logits: Tensor, wanted: Tensor) -> Tensor:
 
 def _distance(logits: Tensor, teacher: Tensor) -> Tensor:
     logits, teacher = logits.flatten(0, 1), teacher.flatten(0, 1).float()
-    # The divergence calibrates the probabilities that pruning reads; the cross entropy insists
-    # on the one token that greedy verification will accept.
+    # What the target holds for likely besides, and the one token that greedy verification accepts.
     divergence = F.kl_div(
         F.log_softmax(logits, dim=-1),
         F.log_softmax(teacher, dim=-1),
