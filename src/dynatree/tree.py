@@ -9,7 +9,6 @@ from torch import Tensor
 from dynatree import gpu
 from dynatree.selection import columns_of
 
-
 _MOST_PLACES = 1024
 """Places of levels that a tree remembers, some kilobytes each."""
 
