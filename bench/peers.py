@@ -35,12 +35,12 @@ from dynatree.decode import Decoder
 from dynatree.errors import reporting
 from dynatree.strategies import Autoregressive, Linear, StrategyBase, Tree
 
-SYSTEM_PRUNING = {
-    "cpu": ((0.05, None), (0.15, None)),
+SYSTEM_PRUNING: dict[str, tuple[tuple[float, int], ...]] = {
+    "cpu": (),
     "cuda": ((0.001, 31), (0.0, 31), (0.001, 63), (0.0, 63)),
 }
-"""Thresholds and node budgets, None for the configured one, tried beside the configured pruning:
-what the best is depends on what a node costs."""
+"""Thresholds and node budgets that are tried beside the configured ones where these were not chosen
+on such a device: what the best is depends on what a node costs."""
 
 LINEAR_TOKENS = {"cpu": (2, 3, 4, 6, 8), "cuda": (4, 6, 8, 10)}
 ASSISTANT_TOKENS = (2, 3, 4, 6, 8)
@@ -180,9 +180,8 @@ def systems(setting: Setting) -> dict[str, Method]:
     if isinstance(configured, Tree):
         strategies = {f"{configured.prune_threshold:g}": configured}
         for threshold, budget in SYSTEM_PRUNING[setting.device.type]:
-            update = {"prune_threshold": threshold, "node_budget": budget or configured.node_budget}
-            name = f"{threshold:g}" if budget is None else f"{threshold:g} budget {budget}"
-            strategies[name] = configured.model_copy(update=update)
+            update = {"prune_threshold": threshold, "node_budget": budget}
+            strategies[f"{threshold:g} budget {budget}"] = configured.model_copy(update=update)
     return {
         value: ours(setting, strategy, f"ours, {strategy.describe()}")
         for value, strategy in strategies.items()

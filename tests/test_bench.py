@@ -115,7 +115,7 @@ def run(micro, tmp_path, monkeypatch, capsys):  # noqa: F811
     monkeypatch.setattr(peers, "LINEAR_TOKENS", {"cpu": (2, 3)})
     for family in ("ASSISTANT_TOKENS", "LOOKUP_TOKENS"):
         monkeypatch.setattr(peers, family, (2, 3))
-    monkeypatch.setattr(peers, "SYSTEM_PRUNING", {"cpu": ((0.1, None), (0.1, 5))})
+    monkeypatch.setattr(peers, "SYSTEM_PRUNING", {"cpu": ((0.1, 5),)})
     monkeypatch.setattr(peers, "CHOOSING_RUNS", 1)
 
     def call(*arguments):
@@ -149,7 +149,7 @@ def test_peers_records_every_method_and_the_ratios_follow_from_the_seconds(run, 
         assert entry["interval"]["low"] <= entry["value"] <= entry["interval"]["high"]
     tuned = ("2", "3")
     for family, values in {
-        "dynatree": ("0", "0.1", "0.1 budget 5"),
+        "dynatree": ("0", "0.1 budget 5"),
         "linear": tuned,
         "assistant_tuned": tuned,
         "prompt_lookup": tuned,
