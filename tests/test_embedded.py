@@ -53,6 +53,8 @@ def test_training_record(micro):  # noqa: F811
     assert facts["corpus"]["digest"] == corpus_digest(python_docs(4000))
     assert 0 <= facts["agreement"]["top1"] <= facts["agreement"]["top2"] <= 1
     assert 0.25 <= facts["draft_temperature"] <= 4
+    configuration = json.loads((micro / "draft/config.json").read_text())
+    assert configuration["calibration_temperature"] == facts["draft_temperature"]
     assert facts["recipe"]["seed"] == 0
     assert set(facts["seconds"]) == {"tokenizer", "target", "rollouts", "draft"}
 
@@ -83,6 +85,7 @@ def test_calibration_finds_the_temperature_that_probabilities_were_spoilt_with(d
         draft.get_output_embeddings().weight.mul_(doubt)
     temperature = calibrate(draft, sequences, torch.nn.functional.one_hot(chosen, 20).float())
     assert temperature == pytest.approx(found, rel=0.1)
+    assert draft.config.calibration_temperature == temperature
     with torch.no_grad():
         after = draft(sequences).logits
     torch.testing.assert_close(after, before * doubt / temperature, rtol=1e-3, atol=1e-3)

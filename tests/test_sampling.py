@@ -3,6 +3,7 @@
 What is random is a function of the seed, so every test here is deterministic.
 """
 
+import copy
 import math
 from functools import cache
 from types import SimpleNamespace
@@ -262,6 +263,24 @@ def test_coupled_with_any_draft_and_end(strategy):
                 *models, prompt(3), STRATEGIES[strategy], 17, eos, temperature=1.0, seed=7
             )
             assert generation.tokens == full[: full.index(eos) + 1]
+
+
+@pytest.mark.parametrize("mode", ["coupled", "rejection"])
+def test_a_sample_is_drawn_from_what_a_calibrated_draft_had_learnt(mode):
+    """Its rounds are those of the draft before calibration, and greedy rounds are not."""
+    target, draft = target_of("gpt_neox"), draft_of("gpt_neox", "noisy")
+    calibrated = copy.deepcopy(draft)
+    with torch.no_grad():
+        calibrated.get_output_embeddings().weight.div_(0.25)
+    calibrated.config.calibration_temperature = 0.25
+    strategy = dynatree.Tree(depth=3, branch_factor=2, prune_threshold=0.1)
+
+    def rounds(draft, temperature):
+        how = {"temperature": temperature, "seed": 3, "sampling": mode}
+        return dynatree.generate(target, draft, prompt(5), strategy, 20, **how).stats.rounds
+
+    assert rounds(calibrated, 1.0) == rounds(draft, 1.0)
+    assert rounds(calibrated, 0.0) != rounds(draft, 0.0)
 
 
 def test_seeds_differ_and_temperature_zero_is_greedy():
@@ -558,7 +577,7 @@ class TableRunner:
 
     def __init__(self, model, capacity, runtime):
         self.table, self.device, self.dtype = model.table, CPU, torch.float32
-        self.context, self.vocab_size = None, len(model.table)
+        self.context, self.vocab_size, self.calibration = None, len(model.table), 1.0
         self.cache = SlotCache(1, capacity)
 
     def prefill(self, tokens):

@@ -364,6 +364,7 @@ def test_a_recipe_saves_the_widened_pair_in_bfloat16(micro, tmp_path):  # noqa: 
             }
         ),
     )
+    assert pair.draft.config.calibration_temperature == facts["draft_temperature"]
     for role, wide in (("target", pair.target), ("draft", pair.draft)):
         assert json.loads((tmp_path / role / "config.json").read_text())["dtype"] == "bfloat16"
         assert wide.config.vocab_size == 320

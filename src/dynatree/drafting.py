@@ -300,6 +300,9 @@ class Drafter:
         if self._sampler is None:
             log_probs, tokens = most_probable(logits, children)
         else:
+            if self.runner.calibration != 1.0:
+                # A target that samples accepts less than one that takes its first choice.
+                logits = logits * self.runner.calibration
             log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
             tokens = self._sampler.draw(logits, children, self._expanding(chosen), depth)
             log_probs = log_probs.gather(-1, tokens)

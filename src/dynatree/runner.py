@@ -9,6 +9,7 @@ from dynatree.errors import DecodeError
 from dynatree.fused import Forward
 from dynatree.packing import packed
 from dynatree.runtime import Runtime
+from dynatree.schema import CALIBRATION
 
 _ATTENTION = ("sdpa", "eager")
 
@@ -40,6 +41,7 @@ class ModelRunner:
         self.dtype = model.dtype
         # Positions that the model was made for; None when its configuration names no limit.
         self.context: int | None = getattr(text_config, "max_position_embeddings", None)
+        self.calibration: float = getattr(text_config, CALIBRATION, 1.0)
         # Rows of the output layer.
         self.vocab_size = int(text_config.vocab_size)
         self.cache = SlotCache(text_config.num_hidden_layers, capacity)

@@ -29,7 +29,7 @@ from dynatree.embedded.muon import Muon
 from dynatree.embedded.widen import widen
 from dynatree.files import write_text
 from dynatree.recipes import Recipe, Transformer
-from dynatree.schema import canonical
+from dynatree.schema import CALIBRATION, canonical
 
 END_OF_TEXT = "<|endoftext|>"
 Report = Callable[[str], None]
@@ -187,7 +187,8 @@ def calibrate(draft: PreTrainedModel, sequences: Tensor, teacher: Tensor) -> flo
 
     Temperature scaling (Guo et al., 2017, arXiv:1706.04599): the logits are divided by the one
     number that makes the target's choices most likely, which no order of tokens depends on. It is
-    folded into the weight of the output layer.
+    folded into the weight of the output layer, and named in the draft's configuration: a sample
+    is drawn from what the draft learnt.
 
     Args:
         sequences: [n, T], rollouts that the draft was not trained on.
@@ -212,6 +213,7 @@ def calibrate(draft: PreTrainedModel, sequences: Tensor, teacher: Tensor) -> flo
     temperature = min(4.0, max(0.25, round(math.exp(-scale.item()), 3)))
     with torch.no_grad():
         draft.get_output_embeddings().weight.div_(temperature)
+    setattr(draft.config, CALIBRATION, temperature)
     return temperature
 
 
