@@ -356,10 +356,8 @@ def test_what_is_accepted_and_committed(kernels, rows, longest, monkeypatch):
         for node in range(1, living):
             parent = int(torch.randint(node, ()))
             # Siblings hold different tokens.
-            tree.tokens[node], tree.parents[node] = (
-                int((tree.parents[1:node] == parent).sum()),
-                parent,
-            )
+            tree.tokens[node] = (tree.parents[1:node] == parent).sum()
+            tree.parents[node] = parent
             tree.ancestors[node] = tree.ancestors[parent]
             tree.ancestors[node, node] = True
         choices = torch.randint(2, (rows,), device=DEVICE)
@@ -373,10 +371,8 @@ def test_what_is_accepted_and_committed(kernels, rows, longest, monkeypatch):
         assert torch.equal(found.path[:count], wanted.path[:count])
         assert torch.equal(found.tokens[:count], wanted.tokens[:count])
         origins = torch.randperm(17, device=DEVICE)
-        history, here = (
-            torch.zeros(64, dtype=torch.long, device=DEVICE),
-            choices.new_full((1,), position),
-        )
+        history = torch.zeros(64, dtype=torch.long, device=DEVICE)
+        here = choices.new_full((1,), position)
         noted = history.new_zeros(12), history.new_zeros(1)
         sources, drafted, destinations = kernels.commit(
             found.path, found.tokens, found.count, origins, history, here, noted

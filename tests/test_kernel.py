@@ -184,12 +184,18 @@ def test_it_is_attention(kv_heads, shared, rows, slots, size, seed):
 
 
 @needs_kernel
-def test_a_row_attends_alike_whatever_is_beside_it_and_hidden_from_it():
-    queries, keys, values = torch.randn(1, 2, 5, 12), *torch.randn(2, 1, 2, 40, 12)
-    mask = torch.rand(1, 1, 5, 40) < 0.5
+@pytest.mark.parametrize(("rows", "slots", "threads"), [(5, 40, 1), (6, 150, 9), (17, 70, 1)])
+def test_a_row_attends_alike_whatever_is_beside_it_and_hidden_from_it(rows, slots, threads):
+    queries, keys, values = torch.randn(1, 2, rows, 12), *torch.randn(2, 1, 2, slots, 12)
+    mask = torch.rand(1, 1, rows, slots) < 0.5
     mask[..., 0] = True
-    whole = kernel.attend(queries, keys, values, mask, 1.0)
-    for row in range(5):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        whole = kernel.attend(queries, keys, values, mask, 1.0)
+    finally:
+        torch.set_num_threads(before)
+    for row in range(rows):
         seen = mask[0, 0, row]
         alone = kernel.attend(
             queries[:, :, row : row + 1],
@@ -213,7 +219,7 @@ def test_what_is_not_a_number_is_told_where_it_is_seen():
 
 
 @needs_kernel
-@pytest.mark.parametrize("wrong", ["batch", "heads", "size", "mask", "mask_dtype", "dtype"])
+@pytest.mark.parametrize("wrong", ["batch", "heads", "size", "mask", "mask_dtype", "dtype", "rows"])
 def test_attention_that_does_not_fit_is_refused(wrong):
     shape = (2 if wrong == "batch" else 1, 3 if wrong == "heads" else 4, 5, 8)
     queries = torch.randn(shape, dtype=torch.float64 if wrong == "dtype" else torch.float32)
@@ -221,6 +227,8 @@ def test_attention_that_does_not_fit_is_refused(wrong):
     mask = torch.ones(1, 1, 5, 8 if wrong == "mask" else 9, dtype=torch.bool)
     if wrong == "mask_dtype":
         mask = mask.long()
+    if wrong == "rows":
+        queries, mask = queries[:, :, :0], mask[:, :, :0]
     with pytest.raises(RuntimeError, match=r"dynatree::attend: .* do not fit, or are not float32"):
         kernel.attend(queries, keys, values, mask, 1.0)
 

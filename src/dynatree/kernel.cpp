@@ -249,7 +249,8 @@ at::Tensor attend(const at::Tensor& queries, const at::Tensor& keys, const at::T
   };
   TORCH_CHECK(fits(queries) && fits(keys) && fits(values) && keys.sizes() == values.sizes() &&
                   queries.size(3) == keys.size(3) && queries.size(1) % keys.size(1) == 0 &&
-                  mask.scalar_type() == at::kBool && mask.numel() == queries.size(2) * keys.size(2),
+                  mask.scalar_type() == at::kBool && mask.numel() == queries.size(2) * keys.size(2) &&
+                  mask.numel() > 0,
               "dynatree::attend: queries ", queries.sizes(), ", keys ", keys.sizes(), ", values ",
               values.sizes(), ", mask ", mask.sizes(), " do not fit, or are not float32 and bool");
   const int64_t heads = queries.size(1), rows = queries.size(2), size = queries.size(3);
@@ -270,10 +271,10 @@ at::Tensor attend(const at::Tensor& queries, const at::Tensor& keys, const at::T
   const float* key = keys.const_data_ptr<float>();
   const float* value = values.const_data_ptr<float>();
   float* out = result.mutable_data_ptr<float>();
-  // Of each head's queries, so that every thread has some.
-  const int64_t wanted = std::min(rows, (at::get_num_threads() + heads - 1) / heads);
-  const int64_t parts = std::max(wanted, (rows + TURNS - 1) / TURNS);
-  const int64_t most = (rows + parts - 1) / parts;
+  // Each head's queries in equal parts of at most TURNS, so many that every thread has some.
+  const int64_t threads = (at::get_num_threads() + heads - 1) / heads;  // for each head
+  const int64_t wanted = std::max(threads, (rows + TURNS - 1) / TURNS);
+  const int64_t most = (rows + wanted - 1) / wanted, parts = (rows + most - 1) / most;
   const int64_t worth = 1 + GRAIN / (slots * size * most);
   at::parallel_for(0, heads * parts, worth, [&](int64_t begin, int64_t end) {
     std::vector<float> weights(most * slots);

@@ -6,6 +6,10 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 
 from dynatree.schema import Count, Positive, Section, parse_json
 
+CALIBRATION = "calibration_temperature"
+"""Where a model's configuration says what its logits were divided by so that their probabilities
+are those with which greedy verification accepts; see `embedded.train.calibrate`."""
+
 
 class Transformer(Section):
     """Geometry of a GPT-NeoX model that a recipe trains."""

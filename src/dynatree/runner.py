@@ -8,8 +8,8 @@ from dynatree.cache import SlotCache
 from dynatree.errors import DecodeError
 from dynatree.fused import Forward
 from dynatree.packing import packed
+from dynatree.recipes import CALIBRATION
 from dynatree.runtime import Runtime
-from dynatree.schema import CALIBRATION
 
 _ATTENTION = ("sdpa", "eager")
 

@@ -17,10 +17,6 @@ from dynatree.strategies import Strategy
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
 """Names become file names below `results/`, so they hold no separators and no shell characters."""
 
-CALIBRATION = "calibration_temperature"
-"""Where a model's configuration says what its logits were divided by so that their probabilities
-are those with which greedy verification accepts; see `embedded.train.calibrate`."""
-
 RuntimeMode = Literal["auto", "eager", "compiled", "cudagraph"]
 """How forwards run; `auto` is CUDA graphs on CUDA and eager elsewhere. See `dynatree.runtime`."""
 

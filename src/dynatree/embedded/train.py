@@ -28,8 +28,8 @@ from dynatree.embedded.corpus import corpus_digest, python_docs
 from dynatree.embedded.muon import Muon
 from dynatree.embedded.widen import widen
 from dynatree.files import write_text
-from dynatree.recipes import Recipe, Transformer
-from dynatree.schema import CALIBRATION, canonical
+from dynatree.recipes import CALIBRATION, Recipe, Transformer
+from dynatree.schema import canonical
 
 END_OF_TEXT = "<|endoftext|>"
 Report = Callable[[str], None]
