@@ -26,6 +26,7 @@ import dynatree
 from dynatree import attention, gpu, kernel
 from dynatree.errors import DecodeError
 from dynatree.packing import _PACKED, PackedLinear, packed
+from dynatree.rotary import RotaryTable, tabulated
 from dynatree.runner import ModelRunner
 from dynatree.runtime import Runtime
 
@@ -171,6 +172,82 @@ def test_packing_is_done_once_and_again_after_a_change(changed):
         expected = model(ids).logits
         torch.testing.assert_close(packed(model)(ids).logits, expected, rtol=1e-4, atol=1e-4)
         assert not torch.allclose(twin(ids).logits, expected, rtol=1e-2, atol=1e-2)
+
+
+@needs_kernel
+@pytest.mark.parametrize("family", ["gpt_neox", "llama", "qwen2"])
+def test_rotary_angles_are_those_of_the_model(family):
+    model = build(family, layers=2)
+    (table,) = linears(packed(model), RotaryTable)
+    assert not linears(model, RotaryTable)
+    states = torch.zeros(1, 1, 32)
+    # Beyond what is tabulated at first, and back.
+    for positions in ([0, 1, 2], [7, 5, 5], [511, 512], [3], [4000, 0, 1500]):
+        ids = torch.tensor([positions])
+        with torch.inference_mode():
+            given = table(states, ids)
+            expected = table.rotary(states, ids)
+        assert len(given) == len(expected) == 2
+        for one, other in zip(given, expected, strict=True):
+            assert (one.shape, one.dtype) == (other.shape, other.dtype)
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+    doubled = table(states.double(), torch.tensor([[3]]))[0]
+    assert doubled.dtype == torch.float64
+    # What inference mode made can be used where gradients are wanted.
+    assert not any(each.is_inference() for each in table._table)
+
+
+@needs_kernel
+def test_changed_rotary_frequencies_are_noticed():
+    model = build("gpt_neox", layers=1)
+    ids = prompt(9)[None]
+    twin = packed(model)
+    with torch.inference_mode():
+        twin(ids)
+    model.gpt_neox.rotary_emb.inv_freq.mul_(3.0)
+    assert packed(model) is not twin
+    with torch.inference_mode():
+        expected = model(ids).logits
+        torch.testing.assert_close(packed(model)(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@needs_kernel
+@pytest.mark.parametrize("rope_type", ["dynamic", "linear", "yarn", "llama3"])
+def test_angles_that_depend_on_the_length_are_not_tabulated(rope_type):
+    parameters = {
+        "rope_type": rope_type,
+        "rope_theta": 10_000.0,
+        "factor": 4.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    }
+    model = build("llama", layers=2, rope_parameters=parameters, max_position_embeddings=64)
+    assert bool(linears(packed(model), RotaryTable)) == (rope_type != "dynamic")
+    if rope_type != "dynamic":
+        tokens = dynatree.generate(model, model, prompt(11), STRATEGIES["default"], 24).tokens
+        assert tokens == oracle(model, prompt(11), 24)
+
+
+def test_other_rotary_embeddings_are_left_alone():
+    rotary = build("llama").model.rotary_emb
+
+    class ByLayer(type(rotary)):
+        def forward(self, x, position_ids, layer_type):
+            raise NotImplementedError
+
+    class Complex(type(rotary)):
+        def forward(self, x, position_ids):
+            return torch.polar(*super().forward(x, position_ids))
+
+    config = build("llama").config
+    assert tabulated(rotary)
+    assert not tabulated(ByLayer(config))
+    assert not tabulated(Complex(config))
+    assert not tabulated(nn.Linear(2, 2))
+    per_layer = type(rotary)(config)
+    per_layer.rope_type = {"full_attention": "default"}
+    assert not tabulated(per_layer)
 
 
 @needs_kernel

@@ -41,7 +41,7 @@ def accept_greedy(tree: DraftTree, choices: Tensor, longest: int, static: bool) 
         static: m depends on the shapes alone, and nothing is read by the host. Otherwise there is
             no padding.
     """
-    count = len(choices)
+    count = choices.shape[0]
     if count == 1:
         return Accepted(torch.zeros_like(choices), choices, torch.ones_like(choices))
     kernels = gpu.kernels(choices.device) if static else None
@@ -58,7 +58,8 @@ def accept_greedy(tree: DraftTree, choices: Tensor, longest: int, static: bool) 
             path = kernel.walk(rows.tokens, rows.parents, choices)
         else:
             path = _accepted(rows, choices).nonzero().view(-1)
-        number = tree.indices[len(path) : len(path) + 1]
+        length = path.shape[0]
+        number = tree.indices[length : length + 1]
     return Accepted(path, choices.index_select(0, path), number)
 
 

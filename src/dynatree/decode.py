@@ -588,11 +588,12 @@ class Decoder:
                 path, tokens, count, origins, history, position, noted
             )
             return found
+        length = path.shape[0]
         entries: tuple[Tensor, ...] = ()
         if moves and drafter is not None:
-            destinations = tree.indices[: len(path)] + position
+            destinations = tree.indices[:length] + position
             entries = path + position, drafter.origins_of(path) + position, destinations
-        history.index_copy_(0, tree.indices[1 : len(path) + 1] + position, tokens)
+        history.index_copy_(0, tree.indices[1 : length + 1] + position, tokens)
         position += count
         self._report.committed(tokens, count)
         return entries

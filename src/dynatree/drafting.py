@@ -128,9 +128,10 @@ class Drafter:
             if self._sampler is not None:
                 self._sampler.plant(position)
             return self._kept
+        # Not `len` of a tensor anywhere here, which takes four times as long.
         recent, first = self._recent, 0
         kernels = self._in_place()
-        if kernels is not None and len(recent) == 2:
+        if kernels is not None and recent.shape[0] == 2:
             begun = kernels.begin(
                 history, position, recent, self._rule.depths, tree.root, len(tree.tokens), visible
             )
@@ -144,7 +145,8 @@ class Drafter:
             if self._trim:
                 # What the forwards may see: with exact shapes, no more than is in use.
                 first = int(position)
-                recent = recent[-2 - int(self._ngram_accepted) :] if len(recent) > 2 else recent
+                if recent.shape[0] > 2:
+                    recent = recent[-2 - int(self._ngram_accepted) :]
             logits = self._read(history, position, self._seen(first + 1, visible), recent)
             tree.plant(history.index_select(0, position))
         # A captured phase leaves nothing for another to find but in the tensors that were there.
@@ -158,7 +160,6 @@ class Drafter:
             if level is None or depth == max_depth:
                 break
             chosen, log_probs = self._expanded(level.log_probs, depth)
-            # Not `len`, which takes four times as long.
             count = log_probs.shape[0]
             if count == 0:
                 break
@@ -198,14 +199,14 @@ class Drafter:
         Returns:
             Logits [1, vocabulary] after the last of them.
         """
-        slots = recent + position
-        if len(recent) > 2:
+        slots, several = recent + position, recent.shape[0] > 2
+        if several:
             # Of a short text what follows is read instead, which no committed token attends to.
             slots = slots - slots[:1].clamp(max=0)
         tokens = history.index_select(0, slots)
         mask = self._slots[:visible] <= slots[:, None]
         logits = self.runner.forward(tokens, slots, slots, mask)
-        if len(recent) > 2:
+        if several:
             return logits.index_select(0, position - slots[:1])
         return logits[-1:]
 
@@ -403,7 +404,7 @@ class Drafter:
 
     def is_chain(self, path: Tensor) -> bool:
         """Whether the nodes `path` [m] of the verified tree, and the grown one, are the first m."""
-        last = len(path) - 1
+        last = path.shape[0] - 1
         return int(path[-1]) == last and (self._whole or int(self._origins[last]) == last)
 
     def origins_of(self, path: Tensor) -> Tensor:

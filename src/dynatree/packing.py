@@ -1,4 +1,5 @@
-"""A float32 model as decoding on a CPU wants it: rearranged weights, attention for tree masks.
+"""A float32 model as decoding on a CPU wants it: rearranged weights, attention for tree masks,
+rotary angles from a table.
 
 A verification multiplies a few rows by each weight matrix, and reading the weights is what takes
 time. A library's product rearranges them at every call; here that is done once, and `kernel` reads
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dynatree import attention, kernel, memory
+from dynatree.rotary import RotaryTable, tabulated
 
 
 class PackedLinear(nn.Module):
@@ -40,7 +42,8 @@ _PACKED: weakref.WeakKeyDictionary[PreTrainedModel, tuple[tuple[int, ...], PreTr
 def packed(model: PreTrainedModel) -> PreTrainedModel:
     """A model like `model` that shares its other tensors, with its linear layers packed.
 
-    Where Transformers lets attention be exchanged, its `sdpa` is, for `attention.attend`.
+    Where Transformers lets attention be exchanged, its `sdpa` is, for `attention.attend`; rotary
+    embeddings are tabulated where they can be.
 
     Returns `model` itself where nothing can be packed: not on a CPU, no linear layer in float32, no
     kernel, or no memory for the copies. What was made is kept for the next call; a change of the
@@ -53,8 +56,10 @@ def packed(model: PreTrainedModel) -> PreTrainedModel:
     }
     if not linears or not kernel.serves(model.device):
         return model
+    rotaries = {name: module for name, module in model.named_modules() if tabulated(module)}
     copied = [tensor for linear in linears.values() for tensor in linear.parameters()]
-    state = (*(each.data_ptr() for each in copied), *(each._version for each in copied))
+    read = [*copied, *(tensor for rotary in rotaries.values() for tensor in rotary.buffers())]
+    state = (*(each.data_ptr() for each in read), *(each._version for each in read))
     known = _PACKED.get(model)
     if known is not None and known[0] == state:
         return known[1]
@@ -72,6 +77,8 @@ def packed(model: PreTrainedModel) -> PreTrainedModel:
     twin: PreTrainedModel = copy.deepcopy(model, shared)
     for name, linear in linears.items():
         twin.set_submodule(name, PackedLinear(linear))
+    for name in rotaries:
+        twin.set_submodule(name, RotaryTable(twin.get_submodule(name)))
     for name, module in model.named_modules():
         # Calling what does nothing takes a thirtieth of an eager forward.
         if type(module) is nn.Dropout and not module.training:
