@@ -4,7 +4,14 @@ set -euo pipefail
 folder=$1
 rm -rf "$folder/runs" "$folder/experiments"
 mkdir -p "$folder/experiments"
-cp -r results/runs "$folder/runs"
+# Not all that were ever measured here.
+for run in $(python -c 'from dynatree.config import load_config
+config = load_config()
+points = (point.run for name in config.paper.experiments for point in config.points(name))
+print(*(f"{config.pair}/{name}.json" for name in dict.fromkeys((*config.measured, *points))))'); do
+    mkdir -p "$folder/runs/${run%/*}"
+    cp "results/runs/$run" "$folder/runs/$run"
+done
 cp results/certificate.json "$folder/"
 for section in $(python -c 'from dynatree.config import load_config; print(*load_config().sections)'); do
     cp "results/$section.json" "results/$section.csv" "$folder/"

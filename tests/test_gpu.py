@@ -22,6 +22,7 @@ import dynatree
 from dynatree.cache import SlotCache
 from dynatree.controller import CostModel
 from dynatree.drafting import Drafter
+from dynatree.errors import DecodeError
 from dynatree.measure import _record
 from dynatree.report import Report
 from dynatree.runtime import SLOT_BUCKETS, Runtime, forward
@@ -89,6 +90,22 @@ class Replayed(Runtime):
         with self.record() as recording:
             phase()
         return recording
+
+
+@pytest.fixture(autouse=True)
+def _as_on_cuda(monkeypatch):
+    """Models are not packed there, and nothing that they hold grows."""
+    monkeypatch.setattr("dynatree.runner.packed", lambda model: model)
+
+
+def test_a_runtime_is_of_one_decoder():
+    target, draft = target_of("gpt_neox"), draft_of("gpt_neox", "noisy")
+    runtime = Replayed()
+    first = dynatree.Decoder(target, draft, STRATEGIES["default"], 60, runtime)
+    first.prepare()
+    with pytest.raises(DecodeError, match="the graphs of another decoder; make a Runtime"):
+        dynatree.Decoder(target, draft, STRATEGIES["default"], 60, runtime).prepare()
+    assert first.decode(prompt(11), 20).tokens == oracle(target, prompt(11), 20)
 
 
 class OnDeviceOnly(TorchDispatchMode):

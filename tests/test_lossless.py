@@ -8,6 +8,7 @@ from models import (
     CONTEXT,
     DRAFTS,
     FAMILIES,
+    KERNEL_MARKS,
     STRATEGIES,
     VOCAB,
     build,
@@ -18,10 +19,13 @@ from models import (
     target_of,
 )
 from mutations import MUTATIONS
+from torch import nn
 
 import dynatree
+from dynatree import kernel
 from dynatree.cache import SlotCache
 from dynatree.errors import DecodeError
+from dynatree.runtime import Runtime
 
 WIDE = dynatree.Tree(depth=3, branch_factor=3, prune_threshold=0.0, node_budget=256)
 
@@ -37,6 +41,39 @@ def test_every_family_strategy_and_draft(family, strategy, draft):
     for length in (1, 2, 17, CONTEXT + 1 - new):
         generation = decoder.decode(prompt(length), new)
         assert generation.tokens == expected(family, length, new)
+
+
+class Certain(nn.Module):
+    """An output layer that gives one token all of the probability, as a table of rules would."""
+
+    def __init__(self, head, shift):
+        super().__init__()
+        self.head = head
+        self.shift = shift
+
+    def forward(self, states):
+        logits = self.head(states)
+        sure = (logits.argmax(dim=-1, keepdim=True) + self.shift) % logits.shape[-1]
+        return torch.full_like(logits, -torch.inf).scatter(-1, sure, 0.0)
+
+
+@pytest.mark.parametrize("kernel_there", [pytest.param(True, marks=KERNEL_MARKS), False])
+@pytest.mark.parametrize("static", [True, False])
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_draft_that_calls_tokens_impossible(strategy, shift, static, kernel_there, monkeypatch):
+    """Of what it offers nothing else may be verified, whatever threshold and budget would keep."""
+    if not kernel_there:
+        monkeypatch.setattr(kernel, "available", lambda: False)
+    draft = build("llama", layers=2, seed=5)
+    draft.lm_head = Certain(draft.lm_head, shift)
+    runtime = Runtime("eager", torch.device("cpu"), static)
+    decoder = dynatree.Decoder(target_of("llama"), draft, STRATEGIES[strategy], 40, runtime)
+    for seed in range(3):
+        generation = decoder.decode(prompt(9, seed), 24)
+        assert generation.tokens == expected("llama", 9, 24, seed)
+        if not static and STRATEGIES[strategy].ngram_tokens == 0:
+            assert all(entry.nodes == entry.depth for entry in generation.stats.rounds)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -5,6 +5,7 @@ import copy
 import gc
 import sys
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -21,12 +22,13 @@ from models import (
     target_of,
 )
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import dynatree
 from dynatree import attention, gpu, kernel
 from dynatree.errors import DecodeError
 from dynatree.packing import _PACKED, PackedLinear, packed
-from dynatree.rotary import RotaryTable, tabulated
+from dynatree.rotary import RotaryTable, can_be_tabulated
 from dynatree.runner import ModelRunner
 from dynatree.runtime import Runtime
 
@@ -115,6 +117,10 @@ def linears(model, kind):
     return [module for module in model.modules() if type(module) is kind]
 
 
+def rotaries(model):
+    return [module for module in model.modules() if hasattr(module, "rope_type")]
+
+
 @needs_kernel
 def test_packed_layers_share_all_other_tensors_and_leave_the_model_alone():
     model = build("gpt_neox", layers=2)
@@ -178,15 +184,20 @@ def test_packing_is_done_once_and_again_after_a_change(changed):
 @pytest.mark.parametrize("family", ["gpt_neox", "llama", "qwen2"])
 def test_rotary_angles_are_those_of_the_model(family):
     model = build(family, layers=2)
-    (table,) = linears(packed(model), RotaryTable)
-    assert not linears(model, RotaryTable)
+    (table,), (rotary,) = rotaries(packed(model)), rotaries(model)
+    assert isinstance(table, RotaryTable)
+    assert not isinstance(rotary, RotaryTable)
+    # What a model may read of it is there.
+    assert isinstance(table, type(rotary))
+    assert table.config == rotary.config
     states = torch.zeros(1, 1, 32)
     # Beyond what is tabulated at first, and back.
     for positions in ([0, 1, 2], [7, 5, 5], [511, 512], [3], [4000, 0, 1500]):
         ids = torch.tensor([positions])
         with torch.inference_mode():
-            given = table(states, ids)
-            expected = table.rotary(states, ids)
+            given = table(states, position_ids=ids)
+            expected = rotary(states, ids)
+        assert len(table._table[0]) % 512 == 0
         assert len(given) == len(expected) == 2
         for one, other in zip(given, expected, strict=True):
             assert (one.shape, one.dtype) == (other.shape, other.dtype)
@@ -195,6 +206,9 @@ def test_rotary_angles_are_those_of_the_model(family):
     assert doubled.dtype == torch.float64
     # What inference mode made can be used where gradients are wanted.
     assert not any(each.is_inference() for each in table._table)
+    # Positions of a batch are not looked up.
+    ids = torch.tensor([[0, 1], [5, 2]])
+    torch.testing.assert_close(table(states, ids), rotary(states, ids), rtol=0, atol=0)
 
 
 @needs_kernel
@@ -223,7 +237,8 @@ def test_angles_that_depend_on_the_length_are_not_tabulated(rope_type):
         "original_max_position_embeddings": 16,
     }
     model = build("llama", layers=2, rope_parameters=parameters, max_position_embeddings=64)
-    assert bool(linears(packed(model), RotaryTable)) == (rope_type != "dynamic")
+    (rotary,) = rotaries(packed(model))
+    assert isinstance(rotary, RotaryTable) == (rope_type != "dynamic")
     if rope_type != "dynamic":
         tokens = dynatree.generate(model, model, prompt(11), STRATEGIES["default"], 24).tokens
         assert tokens == oracle(model, prompt(11), 24)
@@ -240,14 +255,136 @@ def test_other_rotary_embeddings_are_left_alone():
         def forward(self, x, position_ids):
             return torch.polar(*super().forward(x, position_ids))
 
+    class OfImages(type(rotary)):
+        def forward(self, x, position_ids):
+            return super().forward(x, position_ids[:, 0, :, 0])
+
     config = build("llama").config
-    assert tabulated(rotary)
-    assert not tabulated(ByLayer(config))
-    assert not tabulated(Complex(config))
-    assert not tabulated(nn.Linear(2, 2))
+    assert can_be_tabulated(rotary)
+    for kind in (ByLayer, Complex, OfImages):
+        assert not can_be_tabulated(kind(config))
+    assert not can_be_tabulated(nn.Linear(2, 2))
     per_layer = type(rotary)(config)
     per_layer.rope_type = {"full_attention": "default"}
-    assert not tabulated(per_layer)
+    assert not can_be_tabulated(per_layer)
+
+
+@needs_kernel
+def test_weights_that_are_written_through_data_are_noticed():
+    """As adapters are merged."""
+    model = build("llama", layers=2)
+    assert dynatree.generate(model, None, prompt(9), STRATEGIES["ar"], 12).tokens == oracle(
+        model, prompt(9), 12
+    )
+    weight = model.model.layers[0].mlp.down_proj.weight
+    version = weight._version
+    weight.data += torch.randn_like(weight)
+    assert weight._version == version
+    assert dynatree.generate(model, None, prompt(9), STRATEGIES["ar"], 12).tokens == oracle(
+        model, prompt(9), 12
+    )
+
+
+@needs_kernel
+@pytest.mark.parametrize("place", ["mlp.down_proj", "mlp"])
+@pytest.mark.parametrize("before", [True, False])
+def test_forward_hooks_count(place, before):
+    model = build("llama", layers=2)
+    plain = oracle(model, prompt(9), 12)
+    if not before:
+        assert dynatree.generate(model, None, prompt(9), STRATEGIES["ar"], 12).tokens == plain
+    layer = model.model.layers[0].get_submodule(place)
+    hook = layer.register_forward_hook(lambda module, given, output: output * -3.0)
+    hooked = dynatree.generate(model, None, prompt(9), STRATEGIES["ar"], 12).tokens
+    assert hooked == oracle(model, prompt(9), 12) != plain
+    hook.remove()
+    assert dynatree.generate(model, None, prompt(9), STRATEGIES["ar"], 12).tokens == plain
+
+
+@needs_kernel
+def test_a_model_may_be_loaded_in_inference_mode(tmp_path):
+    build("llama", layers=2).save_pretrained(tmp_path)
+    with torch.inference_mode():
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+        made = build("llama", layers=2)
+        for each in (model, made):
+            assert any(buffer.is_inference() for buffer in each.buffers())
+            tokens = dynatree.generate(each, each, prompt(9), STRATEGIES["default"], 12).tokens
+            assert tokens == oracle(each, prompt(9), 12)
+
+
+@needs_kernel
+def test_a_model_may_read_its_rotary_embedding():
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    try:
+        config = AutoConfig.for_model(
+            "granite_swa", vocab_size=40, num_key_value_heads=2, num_hidden_layers=1,
+            layer_types=["full_attention"], bos_token_id=None, eos_token_id=None,
+            pad_token_id=None, **sizes,
+        )  # fmt: skip
+    except ValueError:
+        pytest.skip("this Transformers has no such model")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    assert isinstance(rotaries(packed(model))[0], RotaryTable)
+    tokens = dynatree.generate(model, model, prompt(9), STRATEGIES["default"], 9).tokens
+    assert tokens == oracle(model, prompt(9), 9)
+
+
+@needs_kernel
+def test_a_float32_layer_in_a_model_of_16_bits():
+    model = build("llama", layers=2).to(torch.bfloat16)
+    # As Transformers keeps the gates of a mixture.
+    model.lm_head = Float32Head(model.lm_head)
+    assert packed(model) is not model
+    tokens = dynatree.generate(model, model, prompt(9), STRATEGIES["ar"], 9).tokens
+    assert tokens == oracle(model, prompt(9), 9)
+
+
+class Float32Head(nn.Module):
+    def __init__(self, head):
+        super().__init__()
+        self.head = head.float()
+
+    def forward(self, states):
+        return self.head(states.float()).to(states.dtype)
+
+
+@pytest.mark.parametrize("kernel_there", [pytest.param(True, marks=KERNEL_MARKS), False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_does_not_matter(dtype, kernel_there, monkeypatch):
+    if not kernel_there:
+        monkeypatch.setattr(kernel, "available", lambda: False)
+    target, draft = target_of("llama"), draft_of("llama", "noisy")
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        for name in ("default", "history", "ngram"):
+            tokens = dynatree.generate(target, draft, prompt(11), STRATEGIES[name], 20).tokens
+            assert tokens == expected("llama", 11, 24)[:20]
+    finally:
+        torch.set_default_dtype(default)
+
+
+@needs_kernel
+def test_threads_leave_onednn_as_it_was():
+    models = [build("gpt_neox", layers=2, seed=seed) for seed in range(3)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(len(models)) as pool:
+            tokens = pool.map(
+                lambda model: [
+                    dynatree.generate(model, None, prompt(9), STRATEGIES["ar"], 20).tokens
+                    for _ in range(5)
+                ],
+                models,
+            )
+            given = list(tokens)
+    finally:
+        sys.setswitchinterval(interval)
+    assert torch.backends.mkldnn.enabled
+    assert given == [[oracle(model, prompt(9), 20)] * 5 for model in models]
 
 
 @needs_kernel

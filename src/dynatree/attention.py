@@ -29,8 +29,8 @@ def attend(
 ) -> tuple[Tensor, None]:
     """What Transformers calls in every layer; the same values as its `sdpa`.
 
-    It is that where there is no boolean mask, as in a prefill, or an option that changes what is
-    attended to.
+    It is that where there is no boolean mask, as in a prefill, an option that changes what is
+    attended to, or another dtype than float32.
 
     Args:
         query: [1, heads, n, head_size].
@@ -39,6 +39,8 @@ def attend(
     """
     changed = any(options.get(name) for name in ("dropout", "softcap"))
     changed = changed or options.get("position_bias") is not None
+    # Linear layers may be in float32 where the model is not.
+    changed = changed or query.dtype != torch.float32
     if attention_mask is None or attention_mask.dtype != torch.bool or changed:
         attended: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **options

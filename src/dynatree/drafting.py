@@ -49,7 +49,9 @@ class Drafter:
         self._varies = strategy.varies
         self._rules = [_Rule(rule, runner) for rule in strategy.rules]
         self.follow(0)
-        self._initial = torch.tensor(strategy.initial_state, device=runner.device)
+        self._initial = torch.tensor(
+            strategy.initial_state, dtype=torch.float32, device=runner.device
+        )
         self._state = self._initial.clone()
         grown, kept = 1 + strategy.max_drafted, 1 + strategy.max_nodes
         # The same where shapes are static, if a program can look through as many nodes.
@@ -315,7 +317,8 @@ class Drafter:
         dead: Tensor | None = None
         if rule.least is not None:
             dead = log_probs < rule.least
-        elif kept is not None:
+        elif kept is not None or self._trim:
+            # The draft itself may call a token impossible.
             dead = log_probs == -math.inf
         if tree.size + len(log_probs) > rule.most:
             # What a final selection would drop is not grown any further.
@@ -443,7 +446,7 @@ class _Rule:
         # A tensor: a comparison with a number makes one each time.
         self.least: Tensor | None = None
         if self.lowest > -math.inf:
-            self.least = torch.tensor(self.lowest, device=runner.device)
+            self.least = torch.tensor(self.lowest, dtype=torch.float32, device=runner.device)
         self.plain = type(strategy).keeps is StrategyBase.keeps
         self.most = 1 + strategy.max_nodes
         self.ordered = self.plain and all(map(operator.le, self.widths[:-1], self.limits))

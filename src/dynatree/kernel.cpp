@@ -46,6 +46,7 @@ constexpr int64_t WAYS = 10;  // how many may share that place before it costs m
 // Inputs between what one tile multiplies and what it prefetches; 0 for a whole panel.
 constexpr int AHEAD = LANES == 16 ? 64 : 0;
 constexpr int64_t GRAIN = 32768;  // weights that are worth a thread
+constexpr size_t KEPT = 1 << 20;  // numbers of a copy that rounds use again
 constexpr int64_t BLOCK = 64, TURNS = 16;  // slots and queries that attend together
 
 typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -101,9 +102,12 @@ at::Tensor multiply(const at::Tensor& states, const at::Tensor& weight, const at
   if (highest * std::gcd(inputs, PAGE) > WAYS * PAGE) {
     // Rows a page apart share a place in the first cache, and drive each other out of it.
     apart += LINE;
-    // Kept: the allocator would return so much to the system, and fault every page in anew.
+    // Kept, but for a long prefill's: the allocator would return so much to the system, and fault
+    // every page in anew.
     static thread_local std::vector<float> padded;
-    padded.resize(std::max<size_t>(padded.size(), rows * apart));
+    const size_t needed = rows * apart;
+    if (needed <= KEPT && KEPT < padded.size()) std::vector<float>().swap(padded);
+    padded.resize(std::max(padded.size(), needed));
     float* copy = padded.data();
     for (int64_t row = 0; row < rows; ++row)
       std::copy_n(from + row * inputs, inputs, copy + row * apart);
@@ -366,7 +370,8 @@ int64_t grow_level(const at::Tensor& logits, const std::optional<at::Tensor>& ch
   int64_t kept = 0;
   for (int64_t each = 0; each < rows * count && kept < width; ++each) {
     const float value = reached[size + each];
-    if (value < lowest || value < over) continue;
+    // What a draft calls impossible is no node either.
+    if (value < lowest || value < over || value == -std::numeric_limits<float>::infinity()) continue;
     const int64_t node = size + kept++, before = from[each / count];
     token[node] = found[each];
     parent[node] = before;

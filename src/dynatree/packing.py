@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dynatree import attention, kernel, memory
-from dynatree.rotary import RotaryTable, tabulated
+from dynatree.rotary import can_be_tabulated, tabulate
 
 
 class PackedLinear(nn.Module):
@@ -34,9 +34,20 @@ class PackedLinear(nn.Module):
         return kernel.multiply_rows(states, self.weight, self.bias, self.out_features)
 
 
-_PACKED: weakref.WeakKeyDictionary[PreTrainedModel, tuple[tuple[int, ...], PreTrainedModel]] = (
+_State = tuple[int, int, int]
+
+_PACKED: weakref.WeakKeyDictionary[PreTrainedModel, tuple[tuple[_State, ...], PreTrainedModel]] = (
     weakref.WeakKeyDictionary()
 )
+
+
+def _state(tensor: Tensor) -> _State:
+    """Differs after a change of `tensor`. What is written through `.data`, as adapters
+    are merged, raises no version, and a tensor of inference mode has none: so the bits count."""
+    version = -1 if tensor.is_inference() else tensor._version
+    bits = torch.int32 if tensor.element_size() == 4 else torch.uint8
+    with torch.no_grad():
+        return tensor.data_ptr(), version, int(tensor.view(bits).sum())
 
 
 def packed(model: PreTrainedModel) -> PreTrainedModel:
@@ -46,20 +57,21 @@ def packed(model: PreTrainedModel) -> PreTrainedModel:
     embeddings are tabulated where they can be.
 
     Returns `model` itself where nothing can be packed: not on a CPU, no linear layer in float32, no
-    kernel, or no memory for the copies. What was made is kept for the next call; a change of the
-    originals in place is noticed, and packs anew.
+    kernel, no memory for the copies, or a hook, which would be lost. What was made is kept for the
+    next call; a change of the originals in place is noticed, and packs anew.
     """
     linears = {
         name: module
         for name, module in model.named_modules()
         if type(module) is nn.Linear and module.weight.dtype == torch.float32
     }
-    if not linears or not kernel.serves(model.device):
+    hooked = any(each._forward_hooks or each._forward_pre_hooks for each in model.modules())
+    if not linears or hooked or not kernel.serves(model.device):
         return model
-    rotaries = {name: module for name, module in model.named_modules() if tabulated(module)}
+    rotaries = {name: module for name, module in model.named_modules() if can_be_tabulated(module)}
     copied = [tensor for linear in linears.values() for tensor in linear.parameters()]
     read = [*copied, *(tensor for rotary in rotaries.values() for tensor in rotary.buffers())]
-    state = (*(each.data_ptr() for each in read), *(each._version for each in read))
+    state = tuple(map(_state, read))
     known = _PACKED.get(model)
     if known is not None and known[0] == state:
         return known[1]
@@ -78,7 +90,7 @@ def packed(model: PreTrainedModel) -> PreTrainedModel:
     for name, linear in linears.items():
         twin.set_submodule(name, PackedLinear(linear))
     for name in rotaries:
-        twin.set_submodule(name, RotaryTable(twin.get_submodule(name)))
+        tabulate(twin.get_submodule(name))
     for name, module in model.named_modules():
         # Calling what does nothing takes a thirtieth of an eager forward.
         if type(module) is nn.Dropout and not module.training:

@@ -1,6 +1,6 @@
 """Rotary angles looked up by position, where a model would work them out in every forward.
 
-That takes a small draft a seventh of an eager forward. The values are the model's own.
+A small draft spends much of an eager forward on them. The values are the model's own.
 """
 
 import inspect
@@ -12,47 +12,44 @@ from torch import Tensor, nn
 _FIXED = ("default", "linear", "llama3", "yarn")
 """Kinds of rotary embedding whose angle at a position is the same in every sequence."""
 
-_FIRST = 512
-"""Positions that are worked out at once, at least."""
+_STEP = 512
+"""Positions that are worked out at once."""
 
 
 class RotaryTable(nn.Module):
-    """A rotary embedding of Transformers, with what it returned for each position."""
+    """What a rotary embedding returned for each position; mixed into its class by `tabulate`."""
 
-    def __init__(self, rotary: nn.Module) -> None:
-        super().__init__()
-        self.rotary = rotary
-        self._table: tuple[Tensor, ...] = ()
+    _table: tuple[Tensor, ...]
 
-    def forward(self, states: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
-        """What the embedding itself returns for `position_ids` [1, n]; of `states`, the dtype and
-        the device count."""
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
+        """What the embedding itself returns; of `x`, the dtype and the device count."""
         # Compiled, the angles cost nothing, and the length of a table would be taken as known.
-        if torch.compiler.is_compiling():
-            found: tuple[Tensor, ...] = self.rotary(states, position_ids)
-            return found
+        if torch.compiler.is_compiling() or position_ids.dim() != 2 or position_ids.shape[0] != 1:
+            angles: tuple[Tensor, ...] = super().forward(x, position_ids)
+            return angles
         table, positions = self._table, position_ids[0]
-        if not table or table[0].dtype != states.dtype:
-            table = self._extended(states, _FIRST)
+        if not table or table[0].dtype != x.dtype:
+            table = self._made(x, _STEP)
         try:
             return tuple(each.index_select(0, positions)[None] for each in table)
         except IndexError:
             # Not looked for before: that would take as long as looking up.
-            table = self._extended(states, 2 * int(positions.max()))
+            table = self._made(x, int(positions.max()) + 1)
             return tuple(each.index_select(0, positions)[None] for each in table)
 
-    def _extended(self, states: Tensor, length: int) -> tuple[Tensor, ...]:
+    def _made(self, x: Tensor, length: int) -> tuple[Tensor, ...]:
         # Tensors of inference mode could not be used outside it.
         with torch.inference_mode(False), torch.no_grad():
-            positions = torch.arange(length, device=states.device)
-            made = self.rotary(states.new_empty(0), positions[None])
-            self._table = tuple(each[0].contiguous() for each in made)
-        return self._table
+            positions = torch.arange(-(-length // _STEP) * _STEP, device=x.device)
+            made = super().forward(x.new_empty(0), positions[None])
+            # Returned as well: another thread may have a shorter one at the same time.
+            self._table = table = tuple(each[0].contiguous() for each in made)
+        return table
 
 
-def tabulated(module: nn.Module) -> bool:
-    """Whether a `RotaryTable` can stand for `module`: a rotary embedding of cosines and sines
-    whose angles depend on the position alone."""
+def can_be_tabulated(module: nn.Module) -> bool:
+    """Whether `module` is a rotary embedding, of cosines and sines, whose angles depend on the
+    position alone."""
     if getattr(module, "rope_type", None) not in _FIXED:
         return False
     if list(inspect.signature(module.forward).parameters) != ["x", "position_ids"]:
@@ -61,5 +58,14 @@ def tabulated(module: nn.Module) -> bool:
     if not buffers:
         return False
     device = buffers[0].device
-    made: Any = module(torch.empty(0, device=device), torch.arange(2, device=device)[None])
+    try:
+        made: Any = module(torch.empty(0, device=device), torch.arange(2, device=device)[None])
+    except Exception:  # one that takes other positions, such as those of an image
+        return False
     return isinstance(made, tuple) and [each.shape[:2] for each in made] == [(1, 2)] * 2
+
+
+def tabulate(module: nn.Module) -> None:
+    """Lets `module`, which can be tabulated, look angles up; it stays what it is otherwise."""
+    kind = type(module)
+    module.__class__ = type(f"Tabulated{kind.__name__}", (RotaryTable, kind), {"_table": ()})

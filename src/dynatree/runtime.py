@@ -1,6 +1,7 @@
 """How forwards run: eagerly, compiled, or as replayed CUDA graphs; and which shapes they have."""
 
 import gc
+import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -122,7 +123,14 @@ class Runtime:
         Args:
             phases: each by the key that `run` is given.
             reset: makes a state that every phase can start from; called before each run.
+
+        Raises:
+            DecodeError: the graphs of another decoder are here; `run` would replay them.
         """
+        if self._graphs:
+            raise DecodeError(
+                "this runtime holds the graphs of another decoder; make a Runtime for each Decoder"
+            )
         if self.mode == "cudagraph":
             # Blocks that are free but kept would hide what the graphs take.
             torch.cuda.empty_cache()
@@ -192,12 +200,34 @@ def forward(
 def _without_onednn(model: PreTrainedModel, **inputs: Any) -> Tensor:
     """`forward` in float32 on a CPU, where all that PyTorch gives to oneDNN is GELU. It is set up
     anew at every call, which for a few rows takes longer than PyTorch's own."""
-    enabled = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
-    try:
+    with _ONEDNN_OFF:
         return forward(model, **inputs)
-    finally:
-        torch.backends.mkldnn.enabled = enabled
+
+
+class _OnednnOff:
+    """Switches oneDNN off while it is entered: a switch of the whole process, so the last of
+    several threads to leave puts it back."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._enabled: Any = True
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._enabled = torch.backends.mkldnn.enabled
+                torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
+            self._inside += 1
+
+    def __exit__(self, *exception: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                torch.backends.mkldnn.enabled = self._enabled
+
+
+_ONEDNN_OFF = _OnednnOff()
 
 
 _COMPILED: weakref.WeakKeyDictionary[

@@ -211,7 +211,7 @@ class Sampler:
             # -1; and what they were drawn from.
             shape = rows, min(children, vocab_size)
             self._drawn = torch.full(shape, -1, dtype=torch.long, device=device)
-            self._draft = torch.zeros(rows, vocab_size, device=device)
+            self._draft = torch.zeros(rows, vocab_size, dtype=torch.float32, device=device)
 
     def begin(self, seed: int | None) -> None:
         """Begins a sequence with `seed`; None is the sampling's own."""

@@ -69,7 +69,7 @@ class DraftTree:
         self.tokens = torch.zeros(rows, dtype=torch.long, device=device)
         self.parents = torch.zeros(rows, dtype=torch.long, device=device)
         self.depths = torch.zeros(rows, dtype=torch.long, device=device)
-        self.log_probs = torch.full((rows,), -math.inf, device=device)
+        self.log_probs = torch.full((rows,), -math.inf, dtype=torch.float32, device=device)
         self.log_probs[0] = 0.0
         self.indices = torch.arange(rows, device=device)
         # Column 0 stands for every committed token, column 1 + j for node j: a mask is a choice
