@@ -44,7 +44,7 @@ def run_files(names):
 
 def point_files(experiment):
     """The result files of all points of an experiment; points that measure the same share one."""
-    return run_files(point.run for point in STUDY.points(experiment))
+    return run_files(STUDY.point_runs(experiment))
 
 
 if TAKEN:

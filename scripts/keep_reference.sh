@@ -5,12 +5,10 @@ folder=$1
 rm -rf "$folder/runs" "$folder/experiments"
 mkdir -p "$folder/experiments"
 # Not all that were ever measured here.
-for run in $(python -c 'from dynatree.config import load_config
-config = load_config()
-points = (point.run for name in config.paper.experiments for point in config.points(name))
-print(*(f"{config.pair}/{name}.json" for name in dict.fromkeys((*config.measured, *points))))'); do
-    mkdir -p "$folder/runs/${run%/*}"
-    cp "results/runs/$run" "$folder/runs/$run"
+pair=$(python -c 'from dynatree.config import load_config; print(load_config().pair)')
+mkdir -p "$folder/runs/$pair"
+for name in $(python -c 'from dynatree.config import load_config; print(*load_config().shown)'); do
+    cp "results/runs/$pair/$name.json" "$folder/runs/$pair/"
 done
 cp results/certificate.json "$folder/"
 for section in $(python -c 'from dynatree.config import load_config; print(*load_config().sections)'); do

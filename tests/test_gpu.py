@@ -98,16 +98,6 @@ def _as_on_cuda(monkeypatch):
     monkeypatch.setattr("dynatree.runner.packed", lambda model: model)
 
 
-def test_a_runtime_is_of_one_decoder():
-    target, draft = target_of("gpt_neox"), draft_of("gpt_neox", "noisy")
-    runtime = Replayed()
-    first = dynatree.Decoder(target, draft, STRATEGIES["default"], 60, runtime)
-    first.prepare()
-    with pytest.raises(DecodeError, match="the graphs of another decoder; make a Runtime"):
-        dynatree.Decoder(target, draft, STRATEGIES["default"], 60, runtime).prepare()
-    assert first.decode(prompt(11), 20).tokens == oracle(target, prompt(11), 20)
-
-
 class OnDeviceOnly(TorchDispatchMode):
     """Fails where an operation mixes devices, or takes its operand from Python's numbers."""
 
@@ -178,6 +168,16 @@ def _cases():
         for kind in ("replayed", "cudagraph"):
             yield kind, family, "linear", "equal"
             yield kind, family, "default", "equal"
+
+
+def test_a_runtime_is_of_one_decoder():
+    target, draft = models_of(CPU, "gpt_neox")
+    runtime = Replayed()
+    first = dynatree.Decoder(target, draft, STRATEGIES["default"], 60, runtime)
+    first.prepare()
+    with pytest.raises(DecodeError, match="the graphs of another decoder; make a Runtime"):
+        dynatree.Decoder(target, draft, STRATEGIES["default"], 60, runtime).prepare()
+    assert first.decode(prompt(11), 20).tokens == oracle(target, prompt(11), 20)
 
 
 @pytest.mark.parametrize(

@@ -53,10 +53,7 @@ def committed(config: Config, folder: Path, pairs: Path) -> Committed:
             configuration or each other; every misfit is named.
     """
     certificate_path = folder / "certificate.json"
-    grids = {
-        name: list(dict.fromkeys(point.run for point in config.points(name)))
-        for name in config.paper.experiments
-    }
+    grids = {name: config.point_runs(name) for name in config.paper.experiments}
     files = {
         name: folder / "runs" / config.pair / f"{name}.json"
         for name in [*config.measured, *(run for runs in grids.values() for run in runs)]

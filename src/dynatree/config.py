@@ -523,6 +523,16 @@ class Config(Section):
             raise ConfigError(f"experiments: {unknown(experiment, known, 'experiment')}")
         return self._points[experiment]
 
+    def point_runs(self, experiment: str) -> list[str]:
+        """The runs of its points, once each, since some measure the same; raises as `points`."""
+        return list(dict.fromkeys(point.run for point in self.points(experiment)))
+
+    @property
+    def shown(self) -> list[str]:
+        """The runs that tables and the paper's experiments are made of, once each."""
+        points = (run for name in self.paper.experiments for run in self.point_runs(name))
+        return list(dict.fromkeys((*self.measured, *points)))
+
     def overrides(self, name: str) -> dict[str, Any]:
         """The strategy values that the pair in use changes for configuration `name`."""
         return self.pair_spec.strategies.get(name, {})

@@ -135,7 +135,7 @@ class Drafter:
         kernels = self._in_place()
         if kernels is not None and recent.shape[0] == 2:
             begun = kernels.begin(
-                history, position, recent, self._rule.depths, tree.root, len(tree.tokens), visible
+                history, position, recent, self._rule.depths, tree.root, tree.capacity + 1, visible
             )
             tree.clear()
             columns, slots, positions = begun.columns, begun.slots, begun.positions.unbind()
@@ -314,19 +314,11 @@ class Drafter:
         if kept is not None:
             log_probs = log_probs.masked_fill(~kept, -math.inf)
         log_probs, tokens = log_probs.view(-1), tokens.view(-1)
-        dead: Tensor | None = None
-        if rule.least is not None:
-            dead = log_probs < rule.least
-        elif kept is not None or self._trim:
-            # The draft itself may call a token impossible.
-            dead = log_probs == -math.inf
+        dead = log_probs < rule.least
         if tree.size + len(log_probs) > rule.most:
             # What a final selection would drop is not grown any further.
-            over = log_probs < tree.known(log_probs).topk(rule.most).values[-1]
-            dead = over if dead is None else dead | over
-        if dead is None:
-            nodes = tree.indices[: len(log_probs)]
-        elif self._trim:
+            dead = dead | (log_probs < tree.known(log_probs).topk(rule.most).values[-1])
+        if self._trim:
             nodes = dead.logical_not_().nonzero().view(-1)
             # What is not a number is not dead either, and there may be more of it than fits.
             if len(nodes) > width:
@@ -425,8 +417,9 @@ class _Rule:
         ranks: int64 [children].
         parents: int64, which of a level's expanded nodes each candidate is a child of.
         depths: int64 [max_depth + 1, n], a row for each depth, as long as one can be expanded.
-        lowest: the lowest log-probability that stays.
-        least: [] float32, the same; None where there is no threshold.
+        lowest: the lowest log-probability that stays. Where nothing is pruned, any finite one:
+            what the draft itself calls impossible is no node.
+        least: [] float32, the same: a comparison with a number makes a tensor each time.
         plain: whether nothing but threshold and budget decides which children stay.
         ordered: whether, besides, all nodes of a level are expanded.
         most: nodes that one verification may hold, the root included.
@@ -442,11 +435,8 @@ class _Rule:
         self.parents = torch.arange(expanded, device=runner.device).repeat_interleave(self.children)
         depths = torch.arange(strategy.max_depth + 1, device=runner.device)
         self.depths = depths[:, None].repeat(1, expanded)
-        self.lowest = strategy.min_log_prob
-        # A tensor: a comparison with a number makes one each time.
-        self.least: Tensor | None = None
-        if self.lowest > -math.inf:
-            self.least = torch.tensor(self.lowest, dtype=torch.float32, device=runner.device)
+        self.lowest = max(strategy.min_log_prob, torch.finfo(torch.float32).min)
+        self.least = torch.tensor(self.lowest, dtype=torch.float32, device=runner.device)
         self.plain = type(strategy).keeps is StrategyBase.keeps
         self.most = 1 + strategy.max_nodes
         self.ordered = self.plain and all(map(operator.le, self.widths[:-1], self.limits))

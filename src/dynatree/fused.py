@@ -11,6 +11,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel
 
 from dynatree import gpu
 from dynatree.cache import SlotCache
+from dynatree.packing import hooked
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -60,9 +61,7 @@ def _is_plain(model: GPTNeoXForCausalLM) -> bool:
             (layer.mlp.dense_h_to_4h, nn.Linear),
             (layer.mlp.dense_4h_to_h, nn.Linear),
         ]
-    return all(type(module) is kind for module, kind in kinds) and not any(
-        module._forward_hooks or module._forward_pre_hooks for module in base.modules()
-    )
+    return all(type(module) is kind for module, kind in kinds) and not hooked(model)
 
 
 class Forward:

@@ -370,8 +370,7 @@ int64_t grow_level(const at::Tensor& logits, const std::optional<at::Tensor>& ch
   int64_t kept = 0;
   for (int64_t each = 0; each < rows * count && kept < width; ++each) {
     const float value = reached[size + each];
-    // What a draft calls impossible is no node either.
-    if (value < lowest || value < over || value == -std::numeric_limits<float>::infinity()) continue;
+    if (value < lowest || value < over) continue;
     const int64_t node = size + kept++, before = from[each / count];
     token[node] = found[each];
     parent[node] = before;

@@ -50,6 +50,11 @@ def _state(tensor: Tensor) -> _State:
         return tensor.data_ptr(), version, int(tensor.view(bits).sum())
 
 
+def hooked(model: PreTrainedModel) -> bool:
+    """Whether a forward of `model` calls hooks, which only its own modules do."""
+    return any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
 def packed(model: PreTrainedModel) -> PreTrainedModel:
     """A model like `model` that shares its other tensors, with its linear layers packed.
 
@@ -65,8 +70,7 @@ def packed(model: PreTrainedModel) -> PreTrainedModel:
         for name, module in model.named_modules()
         if type(module) is nn.Linear and module.weight.dtype == torch.float32
     }
-    hooked = any(each._forward_hooks or each._forward_pre_hooks for each in model.modules())
-    if not linears or hooked or not kernel.serves(model.device):
+    if not linears or hooked(model) or not kernel.serves(model.device):
         return model
     rotaries = {name: module for name, module in model.named_modules() if can_be_tabulated(module)}
     copied = [tensor for linear in linears.values() for tensor in linear.parameters()]

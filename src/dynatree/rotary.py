@@ -31,11 +31,10 @@ class RotaryTable(nn.Module):
         if not table or table[0].dtype != x.dtype:
             table = self._made(x, _STEP)
         try:
-            return tuple(each.index_select(0, positions)[None] for each in table)
+            return _looked_up(table, positions)
         except IndexError:
             # Not looked for before: that would take as long as looking up.
-            table = self._made(x, int(positions.max()) + 1)
-            return tuple(each.index_select(0, positions)[None] for each in table)
+            return _looked_up(self._made(x, int(positions.max()) + 1), positions)
 
     def _made(self, x: Tensor, length: int) -> tuple[Tensor, ...]:
         # Tensors of inference mode could not be used outside it.
@@ -45,6 +44,10 @@ class RotaryTable(nn.Module):
             # Returned as well: another thread may have a shorter one at the same time.
             self._table = table = tuple(each[0].contiguous() for each in made)
         return table
+
+
+def _looked_up(table: tuple[Tensor, ...], positions: Tensor) -> tuple[Tensor, ...]:
+    return tuple(each.index_select(0, positions)[None] for each in table)
 
 
 def can_be_tabulated(module: nn.Module) -> bool:
